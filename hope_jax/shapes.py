@@ -1,0 +1,26 @@
+"""The alphabet of the project: one capital letter per axis, and the types made from it.
+
+B batch, T time, D model width, H heads, K key width, V value width, C chunk, N chunks, L layers,
+F hidden width of a feed-forward network. The same letters stand in signatures and in einsums.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+Starts = Bool[Array, "B T"]
+Activations = Float[Array, "B T D"]
+Logits = Float[Array, "B T vocabulary"]
+
+
+class Batch(NamedTuple):
+    """Windows of text, one token longer than what a model reads.
+
+    Attributes:
+      tokens: The window; a model reads `tokens[:, :-1]` and predicts `tokens[:, 1:]`.
+      starts: True where a token is the first of its document.
+    """
+
+    tokens: Int[Array, "B T+1"]
+    starts: Bool[Array, "B T+1"]
