@@ -1,0 +1,113 @@
+"""The chunked loss is the cross-entropy of the whole logits, at a fraction of their memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from hope_jax.ops.likelihood import next_token_loss
+
+
+def whole(hidden, unembedding, targets):
+    log_probabilities = jax.nn.log_softmax(hidden @ unembedding.T)
+    return -jnp.take_along_axis(log_probabilities, targets[..., None], -1)[..., 0]
+
+
+def random_call(batch=2, time=37, width=8, words=13, dtype=None, seed=0):
+    random = np.random.default_rng(seed)
+    hidden = jnp.asarray(random.normal(size=(batch, time, width)), dtype)
+    unembedding = jnp.asarray(random.normal(size=(words, width)))
+    targets = jnp.asarray(random.integers(0, words, size=(batch, time)))
+    weights = jnp.asarray(random.normal(size=(batch, time)))
+    return hidden, unembedding, targets, weights
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 36, 37, 64])
+def test_chunks_change_neither_losses_nor_gradients(x64, chunk):
+    hidden, unembedding, targets, weights = random_call()
+
+    def loss(function, hidden, unembedding):
+        return jnp.sum(weights * function(hidden, unembedding, targets))
+
+    def chunked(*call):
+        return next_token_loss(*call, chunk=chunk)
+
+    np.testing.assert_allclose(
+        chunked(hidden, unembedding, targets), whole(hidden, unembedding, targets), rtol=1e-12
+    )
+    gradients = jax.grad(loss, argnums=(1, 2))
+    for found, expected in zip(
+        gradients(chunked, hidden, unembedding), gradients(whole, hidden, unembedding), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_second_derivatives_are_those_of_the_whole_loss(x64):
+    hidden, unembedding, targets, weights = random_call(time=7)
+
+    def slope(function, hidden):
+        inner = jax.grad(lambda words: jnp.sum(weights * function(hidden, words, targets)))
+        return jnp.sum(jnp.sin(inner(unembedding)))
+
+    def chunked(*call):
+        return next_token_loss(*call, chunk=3)
+
+    found, expected = (jax.grad(slope, argnums=1)(f, hidden) for f in (chunked, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_bfloat16_hidden_states_are_summed_in_float32():
+    hidden, unembedding, targets, weights = random_call(
+        time=40, width=256, words=300, dtype=jnp.bfloat16
+    )
+    rounded = unembedding.astype(jnp.bfloat16)
+    exact = whole(hidden.astype(jnp.float32), rounded.astype(jnp.float32), targets)
+    losses, back = jax.vjp(
+        lambda *call: next_token_loss(*call, targets, chunk=16), hidden, unembedding
+    )
+    assert losses.dtype == jnp.float32
+    np.testing.assert_allclose(losses, exact, rtol=1e-5, atol=1e-4)
+    slopes = back(weights.astype(jnp.float32))
+    assert [slope.dtype for slope in slopes] == [jnp.bfloat16, jnp.float32]
+
+
+def test_huge_logits_stay_finite():
+    hidden, unembedding, targets, _ = random_call()
+    call = (1e4 * hidden, unembedding)
+    losses, back = jax.vjp(lambda *call: next_token_loss(*call, targets, chunk=16), *call)
+    slopes = back(jnp.ones_like(losses))
+    assert all(jnp.isfinite(x).all() for x in (losses, *slopes))
+
+
+def test_memory_does_not_grow_with_time():
+    def temporaries(time):
+        hidden, unembedding, targets, _ = random_call(batch=1, time=time, words=2000)
+        loss = jax.grad(lambda *call: next_token_loss(*call, targets, chunk=64).sum(), (0, 1))
+        compiled = jax.jit(loss).lower(hidden, unembedding).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(128), temporaries(2048)
+    logits_of_all = 4 * 2048 * 2000
+    assert long < logits_of_all / 4
+    assert long - short < logits_of_all / 16
+
+
+def test_words_and_rows_may_lie_on_different_devices():
+    mesh = jax.make_mesh((2, 2, 2), ("rows", "time", "words"), axis_types=(AxisType.Auto,) * 3)
+    hidden, unembedding, targets, _ = random_call(batch=2, time=32, words=16)
+    expected = whole(hidden, unembedding, targets)
+
+    def put(x, *axes):
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    call = put(hidden, "rows", "time"), put(unembedding, "words"), put(targets, "rows", "time")
+    compiled = jax.jit(lambda *call: next_token_loss(*call, chunk=8)).lower(*call).compile()
+    np.testing.assert_allclose(compiled(*call), expected, rtol=1e-5, atol=1e-5)
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_a_chunk_of_nothing_is_an_error():
+    *call, _ = random_call()
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        next_token_loss(*call, chunk=0)
