@@ -23,8 +23,9 @@ def random_call(batch=2, time=37, width=8, words=13, dtype=None, seed=0):
     return hidden, unembedding, targets, weights
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("chunk", [1, 16, 36, 37, 64])
-def test_chunks_change_neither_losses_nor_gradients(x64, chunk):
+def test_chunks_change_neither_losses_nor_gradients(chunk):
     hidden, unembedding, targets, weights = random_call()
 
     def loss(function, hidden, unembedding):
@@ -43,7 +44,8 @@ def test_chunks_change_neither_losses_nor_gradients(x64, chunk):
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_second_derivatives_are_those_of_the_whole_loss(x64):
+@pytest.mark.usefixtures("x64")
+def test_second_derivatives_are_those_of_the_whole_loss():
     hidden, unembedding, targets, weights = random_call(time=7)
 
     def slope(function, hidden):

@@ -1,0 +1,131 @@
+"""The causal convolution and the leaky average: their equations, streams and documents."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from hope_jax.ops.convolution import causal_convolution
+from hope_jax.ops.leaky import leaky_average
+
+BATCH, TIME, WIDTH = 2, 11, 3
+
+
+def convolution_by_hand(x, kernel, memory, starts):
+    window = len(kernel)
+    y, lines = np.zeros_like(x), []
+    for row in range(len(x)):
+        line = list(memory[row])
+        for t in range(x.shape[1]):
+            if starts[row, t]:
+                line = [np.zeros_like(x[row, t])] * len(line)
+            line.append(x[row, t])
+            y[row, t] = sum(kernel[back] * line[-1 - back] for back in range(window))
+        lines.append(line[len(line) - window + 1 :])
+    return y, np.asarray(lines).reshape(len(x), window - 1, x.shape[2])
+
+
+def average_by_hand(x, retain, memory, starts):
+    averages, state = np.zeros_like(x), memory
+    for t in range(x.shape[1]):
+        state = np.where(starts[:, t, None], 0, state)
+        state = averages[:, t] = retain * state + (1 - retain) * x[:, t]
+    return averages, state
+
+
+def random_call(op, time=TIME, window=4):
+    random = np.random.default_rng(time)
+    x = random.normal(size=(BATCH, time, WIDTH))
+    starts = random.random(size=(BATCH, time)) < 0.3
+    if op is causal_convolution:
+        shapes = (window, WIDTH), (BATCH, window - 1, WIDTH)
+        weights, memory = (random.normal(size=shape) for shape in shapes)
+    else:
+        weights, memory = np.array([0.0, 0.9, 1.0]), random.normal(size=(BATCH, WIDTH))
+    return x, weights, memory, starts
+
+
+OPS = pytest.mark.parametrize(
+    ("op", "by_hand"),
+    [(causal_convolution, convolution_by_hand), (leaky_average, average_by_hand)],
+    ids=["convolution", "leaky"],
+)
+
+
+@pytest.mark.usefixtures("x64")
+@OPS
+@pytest.mark.parametrize("time", [1, 2, TIME])
+def test_the_op_is_its_equation(op, by_hand, time):
+    call = random_call(op, time)
+    for found, expected in zip(op(*map(jnp.asarray, call)), by_hand(*call), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    x, weights, memory, starts = call
+    fresh = op(jnp.asarray(x), jnp.asarray(weights))
+    expected = by_hand(x, weights, np.zeros_like(memory), np.zeros_like(starts))
+    for found, wanted in zip(fresh, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@OPS
+def test_gradients_of_all_inputs_are_finite_differences(op, by_hand):  # noqa: ARG001
+    *call, starts = map(jnp.asarray, random_call(op, time=5))
+
+    def loss(*call):
+        return sum(jnp.sum(jnp.sin(out)) for out in op(*call, starts))
+
+    check_grads(jax.jit(loss), call, order=1, modes=["rev"])
+
+
+@OPS
+def test_any_split_of_the_stream_changes_nothing(op, by_hand):  # noqa: ARG001
+    x, weights, memory, starts = map(jnp.asarray, random_call(op))
+    whole, end = op(x, weights, memory, starts)
+    for cuts in ([4], [1, 2, 9], list(range(1, TIME))):
+        carried, parts = memory, []
+        for part, begins in zip(jnp.split(x, cuts, 1), jnp.split(starts, cuts, 1), strict=True):
+            y, carried = op(part, weights, carried, begins)
+            parts.append(y)
+        np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(carried, end, rtol=1e-5, atol=1e-6)
+
+
+@OPS
+def test_nothing_crosses_time_backwards_a_start_or_a_row(op, by_hand):  # noqa: ARG001
+    x, weights, memory, _ = map(jnp.asarray, random_call(op))
+    start = 6
+    starts = jnp.zeros((BATCH, TIME), bool).at[0, start].set(True)
+
+    def read(x, memory, row, t):
+        return op(x, weights, memory, starts)[0][row, t].sum()
+
+    to_x, to_memory = jax.grad(read, (0, 1))(x, memory, 0, 4)
+    assert (to_x[0, 5:] == 0).all()
+    assert (to_x[1] == 0).all()
+    assert (to_memory[1] == 0).all()
+    assert (to_x[0, 4] != 0).any()
+    to_x, to_memory = jax.grad(read, (0, 1))(x, memory, 0, start + 1)
+    assert (to_x[0, :start] == 0).all()
+    assert (to_memory == 0).all()
+    assert (to_x[0, start] != 0).any()
+    kept = jax.grad(lambda x: op(x, weights, memory, starts)[1][0].sum())(x)
+    assert (kept[0, :start] == 0).all()
+    told, retold = (op(y, weights, memory, starts) for y in (x, x.at[0, :start].add(1.0)))
+    assert (told[0][0, start:] == retold[0][0, start:]).all()
+    assert (told[1] == retold[1]).all()
+
+
+@OPS
+def test_bfloat16_tokens_give_bfloat16_and_a_float32_memory(op, by_hand):  # noqa: ARG001
+    x, weights, *_ = map(jnp.asarray, random_call(op))
+    y, memory = op(x.astype(jnp.bfloat16), weights)
+    assert y.dtype == jnp.bfloat16
+    assert memory.dtype == jnp.float32
+
+
+def test_a_window_of_one_is_a_product():
+    x, kernel, *_ = map(jnp.asarray, random_call(causal_convolution, window=1))
+    y, memory = causal_convolution(x, kernel)
+    np.testing.assert_array_equal(y, x * kernel[0])
+    assert memory.shape == (BATCH, 0, WIDTH)
