@@ -1,0 +1,1 @@
+"""Language models and what is done with them."""

@@ -1,0 +1,169 @@
+"""The language model: every kind is this tower around another sequence layer."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from hope_jax.modules.attention import AttentionConfig
+from hope_jax.modules.continuum import ContinuumConfig, ContinuumMemory
+from hope_jax.modules.layers import Embedding, RMSNorm
+from hope_jax.modules.memory import AssociativeConfig
+from hope_jax.modules.self_reference import SelfModifyingTitansConfig
+from hope_jax.modules.titans import TitansConfig
+from hope_jax.shapes import Activations, Logits, Starts, Tokens
+from hope_jax.sharding import constrain
+
+MixerConfig = SelfModifyingTitansConfig | AttentionConfig | TitansConfig | AssociativeConfig
+Memory = Any  # a pytree; each sequence layer has its own
+
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A tower of `layers` blocks, each a sequence layer and a continuum of feed-forward memories.
+
+    HOPE has the mixer `self_modifying_titans`, Hope-Attention and Transformer++ `attention`, the
+    Titans baseline `titans`, Gated DeltaNet and FastKV-HOPE `associative`.
+
+    Attributes:
+      mixer: The sequence layer.
+      continuum: The feed-forward memories.
+      width: Features of the residual stream.
+      layers: Blocks.
+      vocabulary: Token ids; None takes the tokenizer's.
+      tie: Whether the embedding also scores the next token.
+      dtype: What activations are computed in; parameters and memories are float32.
+      remat: What the backward pass computes again: "none", all but matrix products ("dots"), or
+        "full" (everything but the blocks' inputs).
+    """
+
+    mixer: MixerConfig
+    continuum: ContinuumConfig
+    width: int = 128
+    layers: int = 2
+    vocabulary: int | None = None
+    tie: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self):
+        for name in ("width", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise ValueError(f"vocabulary must be at least 1, got {self.vocabulary}")
+        if getattr(self.mixer, "head_width", None) is None and self.width % self.mixer.heads:
+            raise ValueError(f"mixer.heads must divide width={self.width}, got {self.mixer.heads}")
+
+    def build(self, *, seed: int = 0) -> "Decoder":
+        """Makes the model; equal seeds make equal models.
+
+        Raises:
+          ValueError: The vocabulary is not known yet.
+        """
+        if self.vocabulary is None:
+            raise ValueError("vocabulary must be set before a model can be built, got null")
+        return Decoder(self, key=jax.random.key(seed))
+
+    def parameters(self) -> int:
+        """Counts the parameters without allocating any."""
+        model = jax.eval_shape(partial(self.build, seed=0))
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.split(model, nnx.Param)[1]))
+
+    def flops_per_token(self, context: int) -> float:
+        """FLOPs of a forward pass for each token of a sequence of `context` tokens.
+
+        Two for each parameter that a token meets in a matrix product, and the sequence layer's
+        own. A training step costs three times that; what rematerialisation repeats is not counted.
+        """
+        table = self.vocabulary * self.width
+        products = self.parameters() - (0 if self.tie else table)
+        return 2 * products + self.layers * self.mixer.flops(self.width, context)
+
+
+class Block(nnx.Module):
+    """A sequence layer and a continuum of feed-forward memories, both residual."""
+
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
+        mixer, continuum = jax.random.split(key)
+        self.norm = RMSNorm(config.width)
+        self.mixer = config.mixer.build(config.width, depth=config.layers, key=mixer)
+        self.continuum: ContinuumMemory = config.continuum.build(
+            config.width, depth=config.layers, key=continuum
+        )
+
+    def __call__(
+        self, x: Activations, memory: Memory = None, starts: Starts | None = None
+    ) -> tuple[Activations, Memory]:
+        """Returns the residual stream after the block, and the sequence layer's memory."""
+        y, memory = self.mixer(self.norm(x), memory, starts)
+        return self.continuum(constrain(x + y, ("batch", "time", "embed_out"))), memory
+
+
+class Decoder(nnx.Module):
+    """A causal language model that carries its memories from call to call.
+
+    Training, evaluation, streaming and decoding are this one function.
+    """
+
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
+        self.config = config
+        embed, blocks, head = jax.random.split(key, 3)
+        self.embedding = Embedding(config.vocabulary, config.width, key=embed)
+        # One block with every parameter stacked over the layers: compile time is flat in depth.
+        self.blocks = jax.vmap(lambda one: Block(config, key=one))(
+            jax.random.split(blocks, config.layers)
+        )
+        self.norm = RMSNorm(config.width)
+        if not config.tie:
+            self.head = Embedding(config.vocabulary, config.width, key=head)
+
+    @property
+    def unembedding(self) -> Float[Array, "vocabulary D"]:
+        """The matrix that scores the next token."""
+        return (self.embedding if self.config.tie else self.head).table[...]
+
+    def initial_memory(self, batch: int) -> Memory:
+        """What `memory=None` means, as values: leaves `[layers, B, ...]` or `[layers]`."""
+        dtype = jnp.dtype(self.config.dtype)
+        return jax.vmap(lambda block: block.mixer.initial_memory(batch, dtype))(self.blocks)
+
+    def hidden(
+        self, tokens: Tokens, memory: Memory = None, starts: Starts | None = None
+    ) -> tuple[Activations, Memory]:
+        """Returns the vectors that score the next tokens, and the memory to go on with.
+
+        Args:
+          tokens: Ids below the vocabulary.
+          memory: What an earlier call returned; None where nothing was read before.
+          starts: True where a document begins. Nothing before it is seen after it.
+        """
+        x = self.embedding(tokens, jnp.dtype(self.config.dtype))
+
+        @partial(jax.checkpoint, policy=REMAT[self.config.remat], prevent_cse=False)
+        def layer(x, block_and_memory):
+            block, memory = block_and_memory
+            return block(x, memory, starts)
+
+        x, memory = jax.lax.scan(layer, x, (self.blocks, memory))
+        return self.norm(x), memory
+
+    def __call__(
+        self, tokens: Tokens, memory: Memory = None, starts: Starts | None = None
+    ) -> tuple[Logits, Memory]:
+        """Returns float32 logits of the next tokens, and the memory to go on with."""
+        hidden, memory = self.hidden(tokens, memory, starts)
+        table = self.unembedding.astype(hidden.dtype)
+        accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = jnp.einsum("BTD,ND->BTN", hidden, table, preferred_element_type=accumulate)
+        return logits, memory

@@ -1,0 +1,1 @@
+"""Flax modules: slow parameters around one call to an op."""

@@ -1,0 +1,89 @@
+"""The frame around every matrix memory: projections in, short convolution, gated norm out."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from hope_jax.modules.layers import (
+    Convolution,
+    Gates,
+    Output,
+    Projections,
+    RMSNorm,
+    join_heads,
+    split_heads,
+)
+from hope_jax.shapes import Activations, Starts
+
+
+def retention_bias(heads: int) -> Float[np.ndarray, " H"]:
+    """Biases that let a fresh head remember for 1,000 to 10,000 tokens, spread over the heads.
+
+    Retention is `sigmoid(bias + ...)`, and `bias = log(tokens)` makes it `1 - 1 / (1 + tokens)`.
+    """
+    return np.log(np.geomspace(1_000.0, 10_000.0, heads)).astype(np.float32)
+
+
+def head_width(width: int, heads: int, wanted: int | None) -> int:
+    """The features of one head: as asked, or an equal share of the model's width.
+
+    Raises:
+      ValueError: `heads` does not divide `width` and no head width was given.
+    """
+    if wanted is None and width % heads:
+        raise ValueError(
+            f"heads must divide width={width} where head_width is not given, got {heads}"
+        )
+    return wanted or width // heads
+
+
+class Frame(nnx.Module):
+    """Turns a sequence into per-head inputs and gates, and what was read back into a sequence.
+
+    All projections are one matrix product; they pass a causal convolution and a SiLU. What the
+    heads read is normalised, multiplied by the SiLU of a gate and projected to the model's width,
+    as in Gated DeltaNet (Yang et al., 2025).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        each: int,
+        *,
+        inputs: Sequence[str],
+        gates: Mapping[str, Float[np.ndarray, " H"]],
+        convolution: int,
+        depth: int,
+        key: PRNGKeyArray,
+    ):
+        self.heads, self.each = heads, each
+        self.inputs, self.gate_names = tuple(inputs), tuple(gates)
+        into, gate, mix, out = jax.random.split(key, 4)
+        inner = heads * each
+        self.project = Projections(len(inputs) + 1, width, inner, key=into)
+        self.convolution = Convolution(len(inputs) * inner, convolution, key=mix)
+        if gates:
+            self.gates = Gates(jnp.stack([jnp.asarray(b) for b in gates.values()]), width, key=gate)
+        self.norm = RMSNorm(each, axis=None)
+        self.out = Output(inner, width, depth=depth, key=out)
+
+    def into(
+        self, x: Activations, memory: Array | None, starts: Starts | None
+    ) -> tuple[dict[str, Float[Array, "B T H K"]], dict[str, Float[Array, "B T H"]], Array, Array]:
+        """Returns the inputs and gates by name, the output gate, and the convolution's memory."""
+        *inputs, gate = self.project(x)
+        mixed, memory = self.convolution(jnp.concatenate(inputs, axis=-1), memory, starts)
+        mixed = jax.nn.silu(mixed)
+        heads = [split_heads(part, self.heads) for part in jnp.split(mixed, len(inputs), axis=-1)]
+        gates = self.gates(x) if self.gate_names else []
+        named = dict(zip(self.inputs, heads, strict=True))
+        return named, dict(zip(self.gate_names, gates, strict=True)), gate, memory
+
+    def back(self, y: Float[Array, "B T H K"], gate: Float[Array, "B T E"]) -> Activations:
+        """Returns what the heads read, at the model's width."""
+        return self.out(join_heads(self.norm(y)) * jax.nn.silu(gate))

@@ -1,0 +1,137 @@
+"""The small parts that every model is made of: parameters, norms, projections, convolution."""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from hope_jax.ops.convolution import causal_convolution
+from hope_jax.shapes import Activations, Starts, Tokens
+from hope_jax.sharding import constrain
+
+Role = Literal["matrix", "vector", "embedding", "memory_init"]
+
+
+def parameter(value: Array, axes: Sequence[str | None], role: Role) -> nnx.Param:
+    """A slow weight, with what others must know of it as metadata.
+
+    Args:
+      value: Its initial value, float32.
+      axes: The logical name of each axis (see `hope_jax.sharding`). Scanned layers stack copies
+        in front: such a leaf has one axis more than names.
+      role: What it is to an optimizer. In a "matrix" or a "memory_init" the last two axes are the
+        matrix and those in front stack separate ones; a "vector" (norm, bias, gate) is neither
+        decayed nor orthogonalised; an "embedding" maps ids.
+    """
+    return nnx.Param(value, axes=tuple(axes), role=role)
+
+
+def normal(key: PRNGKeyArray, shape: Sequence[int], scale: float) -> Array:
+    """Gaussian noise of standard deviation `scale`."""
+    return scale * jax.random.normal(key, tuple(shape))
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square over the last axis, then scales by a learned vector."""
+
+    def __init__(self, width: int, *, axis: str | None = "embed"):
+        self.scale = parameter(jnp.ones(width), (axis,), "vector")
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Normalizes in float32, answers in the dtype of `x`."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        return (wide * self.scale[...]).astype(x.dtype)
+
+
+class Projections(nnx.Module):
+    """Several projections of one input, read in a single matrix product."""
+
+    def __init__(self, count: int, width: int, out: int, *, key: PRNGKeyArray):
+        self.weight = parameter(
+            normal(key, (count, width, out), 1 / sqrt(width)), (None, "embed", "heads"), "matrix"
+        )
+
+    def __call__(self, x: Activations) -> list[Float[Array, "B T E"]]:
+        """Returns one array for each projection."""
+        y = jnp.einsum("BTD,PDE->BTPE", x, self.weight[...].astype(x.dtype))
+        return [y[:, :, part] for part in range(y.shape[2])]
+
+
+class Gates(nnx.Module):
+    """One number for each head and gate, before its sigmoid."""
+
+    def __init__(self, bias: Float[Array, "G H"], width: int, *, key: PRNGKeyArray):
+        count, heads = bias.shape
+        scale = 0.1 / sqrt(width)
+        self.weight = parameter(
+            normal(key, (count, width, heads), scale), (None, "embed", "heads"), "vector"
+        )
+        self.bias = parameter(bias, (None, "heads"), "vector")
+
+    def __call__(self, x: Activations) -> list[Float[Array, "B T H"]]:
+        """Returns one float32 array for each gate."""
+        weight = self.weight[...].astype(x.dtype)
+        accumulate = jnp.promote_types(x.dtype, jnp.float32)
+        y = jnp.einsum("BTD,GDH->BTGH", x, weight, preferred_element_type=accumulate)
+        y = y + self.bias[...]
+        return [y[:, :, gate] for gate in range(y.shape[2])]
+
+
+class Output(nnx.Module):
+    """Brings what the heads read back to the model's width."""
+
+    def __init__(self, inner: int, width: int, *, depth: int, key: PRNGKeyArray):
+        scale = 1 / sqrt(2 * depth * inner)
+        self.weight = parameter(normal(key, (inner, width), scale), ("heads", "embed"), "matrix")
+
+    def __call__(self, y: Float[Array, "B T E"]) -> Activations:
+        """Projects; the sum over `depth` layers and two branches keeps the scale of one."""
+        return constrain(y @ self.weight[...].astype(y.dtype), ("batch", "time", "embed_out"))
+
+
+class Convolution(nnx.Module):
+    """A causal depthwise convolution whose last inputs are carried from call to call."""
+
+    def __init__(self, width: int, window: int, *, key: PRNGKeyArray):
+        self.window = window
+        weight = normal(key, (window, width), 0.1 / sqrt(window)).at[-1].add(1.0)
+        self.weight = parameter(weight, (None, "heads"), "vector")
+
+    def __call__(
+        self,
+        x: Float[Array, "B T E"],
+        memory: Float[Array, "B W-1 E"] | None = None,
+        starts: Starts | None = None,
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+        """Returns the mixed input, and the last inputs to go on with."""
+        return causal_convolution(x, self.weight[...].astype(x.dtype), memory, starts)
+
+
+class Embedding(nnx.Module):
+    """Turns token ids into vectors; the same table may score the next token."""
+
+    def __init__(self, vocabulary: int, width: int, *, key: PRNGKeyArray):
+        self.width = width
+        # A final norm leaves vectors of length sqrt(width): these give logits of deviation 1/2.
+        table = normal(key, (vocabulary, width), 0.5 / sqrt(width))
+        self.table = parameter(table, ("vocabulary", "embed"), "embedding")
+
+    def __call__(self, tokens: Tokens, dtype: jnp.dtype) -> Activations:
+        """Looks the rows up, at a scale of one half."""
+        table = constrain(self.table[...].astype(dtype), ("vocabulary", "embed_out"))
+        return constrain(table[tokens] * sqrt(self.width), ("batch", "time", "embed_out"))
+
+
+def split_heads(x: Float[Array, "B T E"], heads: int) -> Float[Array, "B T H K"]:
+    """Cuts the last axis into heads."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def join_heads(x: Float[Array, "B T H K"]) -> Float[Array, "B T E"]:
+    """Undoes `split_heads`."""
+    return x.reshape(*x.shape[:-2], -1)

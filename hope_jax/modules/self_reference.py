@@ -1,0 +1,220 @@
+"""Self-referential Titans: a sequence layer that rewrites its own projections while it reads."""
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from hope_jax.modules.frame import Frame, head_width, retention_bias
+from hope_jax.modules.layers import normal, parameter
+from hope_jax.ops.selfref import (
+    SelfReferentialMemory,
+    Slow,
+    fresh_memory,
+    self_referential,
+)
+from hope_jax.shapes import Activations, Starts
+
+PROJECTIONS = ("k", "v", "q", "eta", "alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfModifyingTitansConfig:
+    """The sequence layer of HOPE.
+
+    Attributes:
+      heads: Independent sets of memories.
+      head_width: Features of a head; None for width / heads.
+      convolution: Tokens mixed by the causal convolution in front.
+      memory: "linear" memories are one matrix, "mlp" ones `x + W1 s(W2 x)` (eq. 89).
+      expansion: Hidden units of an MLP memory, as a multiple of the head's features.
+      frozen: Projections that are slow weights rather than memories, of k, v, q, eta, alpha.
+      targets: "self": a memory generates its own targets (eq. 84); "value": v is the target.
+      normalize_targets: Whether targets have unit length; without it memories blow up.
+      objective: "dot" (eq. 92) or "l2" (eq. 93, its error frozen at the chunk's start).
+      dgd: Whether updates keep the `- eta k k^T` term of delta gradient descent.
+      momentum: Whether writes pass a damped momentum.
+      anchor: Whether memories decay towards their initial states rather than to zero.
+      read: "token" reads what earlier tokens wrote, "current" also the token's own write,
+        "chunk" the state at the chunk's start (eq. 90).
+      inner_gradient: "full" backpropagates through the updates, "stop" does not.
+      chunk_memory: Tokens for which the main memory's state is held.
+      chunk_projections: Tokens for which the other memories' states are held.
+      write_max: The largest write strength; above 1 the memory's transition can turn negative,
+        which state tracking needs.
+      form: The form of the op, "auto" for the fastest that fits.
+    """
+
+    kind: Literal["self_modifying_titans"] = "self_modifying_titans"
+    heads: int = 4
+    head_width: int | None = None
+    convolution: int = 4
+    memory: Literal["linear", "mlp"] = "linear"
+    expansion: int = 2
+    frozen: tuple[Literal["k", "v", "q", "eta", "alpha"], ...] = ("q",)
+    targets: Literal["self", "value"] = "self"
+    normalize_targets: bool = True
+    objective: Literal["dot", "l2"] = "dot"
+    dgd: bool = True
+    momentum: bool = False
+    anchor: bool = True
+    read: Literal["token", "current", "chunk"] = "token"
+    inner_gradient: Literal["full", "stop"] = "full"
+    chunk_memory: int = 64
+    chunk_projections: int = 64
+    write_max: float = 1.0
+    form: str = "auto"
+
+    def __post_init__(self):
+        for name in ("heads", "convolution", "expansion", "chunk_memory", "chunk_projections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_projections % self.chunk_memory:
+            raise ValueError(
+                f"chunk_memory must divide chunk_projections={self.chunk_projections}, "
+                f"got {self.chunk_memory}"
+            )
+        if not 0 < self.write_max <= 2:
+            raise ValueError(f"write_max must lie in (0, 2], got {self.write_max}")
+
+    def build(self, width: int, *, depth: int, key: PRNGKeyArray) -> "SelfModifyingTitans":
+        """Makes the layer for a model of `width` and `depth` layers."""
+        return SelfModifyingTitans(self, width, depth=depth, key=key)
+
+    def flops(self, width: int, context: int) -> float:
+        """FLOPs a token beside the slow projections, counted on the token recurrence.
+
+        Each adaptive memory reads the input, makes its target, recalls the key and writes.
+        """
+        each = head_width(width, self.heads, self.head_width)
+        matrices = 2 * self.expansion if self.memory == "mlp" else 1
+        wide = sum(name not in self.frozen for name in ("k", "v", "q")) + 1
+        narrow = sum(name not in self.frozen for name in ("eta", "alpha"))
+        return self.heads * matrices * (8 * wide * each * each + 8 * narrow * each)
+
+
+class LayerMemory(NamedTuple):
+    """What the layer carries from call to call.
+
+    Attributes:
+      convolution: The last inputs of the convolution.
+      fast: The memories.
+    """
+
+    convolution: Float[Array, "B W-1 E"]
+    fast: SelfReferentialMemory
+
+
+class SelfModifyingTitans(nnx.Module):
+    """Memories that produce a token's key, value and gates, and learn from that token.
+
+    What the outer optimizer trains is where the memories start, and the slow projections around
+    them. Where the memories go from there is a value that comes in and goes out with the call.
+
+    References:
+      Behrouz et al., "Nested Learning", 2025, sections 8.1-8.3.
+    """
+
+    def __init__(
+        self, config: SelfModifyingTitansConfig, width: int, *, depth: int, key: PRNGKeyArray
+    ):
+        self.config = config
+        heads = config.heads
+        each = head_width(width, heads, config.head_width)
+        frame, initial = jax.random.split(key)
+        inputs = ("x", *(name for name in ("q", "k", "v") if name in config.frozen))
+        self.bias = {"eta": np.zeros(heads, np.float32), "alpha": retention_bias(heads)}
+        gates = {name: bias for name, bias in self.bias.items() if name in config.frozen}
+        if config.momentum:
+            gates["beta"] = np.zeros(heads, np.float32)
+        self.frame = Frame(
+            width,
+            heads,
+            each,
+            inputs=inputs,
+            gates=gates,
+            convolution=config.convolution,
+            depth=depth,
+            key=frame,
+        )
+        adaptive = [name for name in PROJECTIONS if name not in config.frozen]
+        outs = {"eta": 1, "alpha": 1}
+        keys = jax.random.split(initial, len(adaptive) + 1)
+        self.initial = nnx.Dict(
+            {
+                name: nnx.List(self._matrices(outs.get(name, each), each, key=one))
+                for name, one in zip([*adaptive, "memory"], keys, strict=True)
+            }
+        )
+        self.biases = nnx.Dict(
+            {
+                name: parameter(jnp.asarray(self.bias[name]), ("heads",), "vector")
+                for name in ("eta", "alpha")
+                if name in adaptive
+            }
+        )
+
+    def _matrices(self, out: int, each: int, *, key: PRNGKeyArray) -> list[nnx.Param]:
+        heads, hidden = self.config.heads, self.config.expansion * each
+        scale = 0.1 if out == 1 else 1.0  # a fresh gate is its bias
+        shapes = [(heads, out, each)]
+        if self.config.memory == "mlp":
+            shapes = [(heads, out, hidden), (heads, hidden, each)]
+        return [
+            parameter(
+                normal(one, shape, scale / sqrt(shape[-1])), ("heads", None, None), "memory_init"
+            )
+            for one, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
+        ]
+
+    def _initial(self) -> dict[str, tuple[Array, ...]]:
+        return {name: tuple(m[...] for m in ms) for name, ms in self.initial.items()}
+
+    def initial_memory(self, batch: int, dtype: jnp.dtype) -> LayerMemory:
+        """What `memory=None` means."""
+        inner = self.frame.heads * self.frame.each * len(self.frame.inputs)
+        past = jnp.zeros((batch, self.config.convolution - 1, inner), dtype)
+        fast = fresh_memory(self._initial(), batch, momentum=self.config.momentum)
+        return LayerMemory(past, fast)
+
+    def __call__(
+        self, x: Activations, memory: LayerMemory | None = None, starts: Starts | None = None
+    ) -> tuple[Activations, LayerMemory]:
+        """Returns what was recalled for each token, and the memories to go on with."""
+        config = self.config
+        past, fast = (None, None) if memory is None else memory
+        inputs, gates, out_gate, past = self.frame.into(x, past, starts)
+        slow = Slow(
+            k=inputs.get("k"),
+            v=inputs.get("v"),
+            q=inputs.get("q"),
+            eta=gates.get("eta"),
+            alpha=gates.get("alpha"),
+            beta=gates.get("beta"),
+            eta_bias=self.biases["eta"][...] if "eta" in self.biases else None,
+            alpha_bias=self.biases["alpha"][...] if "alpha" in self.biases else None,
+        )
+        y, fast = self_referential(
+            inputs["x"],
+            slow,
+            self._initial(),
+            fast,
+            starts,
+            objective=config.objective,
+            dgd=config.dgd,
+            anchor=config.anchor,
+            normalize_targets=config.normalize_targets,
+            targets=config.targets,
+            read=config.read,
+            inner_gradient=config.inner_gradient,
+            chunk_memory=config.chunk_memory,
+            chunk_projections=config.chunk_projections,
+            write_max=config.write_max,
+            form=config.form,
+        )
+        return self.frame.back(y, out_gate), LayerMemory(past, fast)

@@ -1,0 +1,189 @@
+"""Softmax attention over the last `window` tokens, with a ring of keys and values as memory."""
+
+from math import tau
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+_DIGIT = 4096
+
+
+class AttentionMemory(NamedTuple):
+    """The last `window` keys and values; the token at position p lies in slot p modulo window.
+
+    Attributes:
+      keys: Rotated keys.
+      values: Their values.
+      start: The position at which each row's document began.
+      position: How many tokens have been read.
+    """
+
+    keys: Float[Array, "B W G K"]
+    values: Float[Array, "B W G K"]
+    start: Int[Array, " B"]
+    position: Int[Array, ""]
+
+
+def empty_memory(
+    batch: int, window: int, groups: int, width: int, dtype: jnp.dtype
+) -> AttentionMemory:
+    """What was read before the first token: nothing."""
+    return AttentionMemory(
+        jnp.zeros((batch, window, groups, width), dtype),
+        jnp.zeros((batch, window, groups, width), dtype),
+        jnp.zeros(batch, jnp.int32),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def rotary_angles(
+    positions: Int[Array, " T"], width: int, base: float
+) -> Float[Array, "T half_width"]:
+    """The angle by which rotary embedding turns each pair of features.
+
+    A position is written in digits of base 4096 and each digit's turn is taken modulo a full
+    one beforehand, in float64: position 10,000,000 is as exact as position 10.
+
+    References:
+      Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+    """
+    frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    angle = jnp.zeros((positions.shape[0], width // 2), jnp.float32)
+    for power in range(3):
+        turn = np.mod(frequency * float(_DIGIT) ** power, tau).astype(np.float32)
+        digit = (positions // _DIGIT**power) % _DIGIT
+        angle = angle + digit[:, None].astype(jnp.float32) * turn
+    return angle
+
+
+def rotate(x: Float[Array, "B T G K"], angle: Float[Array, "T half_width"]) -> Array:
+    """Turns the feature pairs (i, i + K/2) of each token by its angles."""
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def sliding_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G K"],
+    memory: AttentionMemory | None = None,
+    starts: Bool[Array, "B T"] | None = None,
+    *,
+    window: int,
+    rotary_base: float = 10_000.0,
+) -> tuple[Float[Array, "B T H K"], AttentionMemory]:
+    """Reads the last `window` tokens of the same document, the current one included.
+
+    Costs `4 H K min(T, window)` FLOPs a token. G divides H: heads in a group share keys and values.
+
+    Args:
+      q: Queries, before rotation.
+      k: Keys, before rotation.
+      v: Values.
+      memory: What earlier calls left behind; None where nothing came before.
+      starts: True where a document begins: it sees nothing before itself.
+      window: How many tokens a token sees.
+      rotary_base: The longest wavelength of the rotary embedding, over 2 pi.
+
+    Returns:
+      What each token read, and the memory after the last token.
+
+    References:
+      Vaswani et al., "Attention Is All You Need", 2017; Beltagy et al., "Longformer", 2020.
+    """
+    time = q.shape[1]
+    position = jnp.zeros((), jnp.int32) if memory is None else memory.position
+    positions = position + jnp.arange(time, dtype=jnp.int32)
+    angle = rotary_angles(positions, q.shape[-1], rotary_base)
+    q, k = rotate(q, angle), rotate(k, angle)
+
+    if memory is None and starts is None:
+        y = _causal(q, k, v, window)
+        begin = jnp.zeros((q.shape[0], time), jnp.int32)
+    else:
+        begin = _document_begin(positions, memory, starts, q.shape[0])
+        y = None
+    if memory is None:
+        memory = empty_memory(q.shape[0], window, k.shape[2], k.shape[3], k.dtype)
+    after = _remember(memory, k, v, begin[:, -1], window)
+    if y is not None:
+        return y, after
+
+    if time == 1:  # The ring already holds this token, and what it pushed out is out of sight.
+        seen_k, seen_v = after.keys, after.values
+        seen_at = _slots(after.position, window)
+    else:
+        seen_k = jnp.concatenate([memory.keys, k], axis=1)
+        seen_v = jnp.concatenate([memory.values, v], axis=1)
+        seen_at = jnp.concatenate([_slots(memory.position, window), positions])
+    mask = (
+        (seen_at >= 0)
+        & (seen_at <= positions[:, None])
+        & (seen_at > positions[:, None] - window)
+        & (seen_at >= begin[:, :, None])
+    )
+    return _attend(q, seen_k, seen_v, mask), after
+
+
+def _causal(q: Array, k: Array, v: Array, window: int) -> Array:
+    """Attention without documents or memory, by the fastest kernel there is."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if q.shape[1] > window else None,
+        implementation=_implementation(q),
+    )
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask[:, None], implementation=_implementation(q)
+    )
+
+
+def _document_begin(
+    positions: Int[Array, " T"],
+    memory: AttentionMemory | None,
+    starts: Bool[Array, "B T"] | None,
+    batch: int,
+) -> Int[Array, "B T"]:
+    """The position at which each token's document began."""
+    before = jnp.zeros(batch, jnp.int32) if memory is None else memory.start
+    if starts is None:
+        return jnp.broadcast_to(before[:, None], (batch, positions.shape[0]))
+    marks = jnp.where(starts, positions, -1)
+    return jnp.maximum(jax.lax.cummax(marks, axis=1), before[:, None])
+
+
+def _slots(position: Int[Array, ""], window: int) -> Int[Array, " W"]:
+    """The position held by each slot of a ring after `position` tokens; negative where none is."""
+    slot = jnp.arange(window, dtype=jnp.int32)
+    return position - 1 - (position - 1 - slot) % window
+
+
+def _remember(
+    memory: AttentionMemory, k: Array, v: Array, start: Int[Array, " B"], window: int
+) -> AttentionMemory:
+    time = k.shape[1]
+    kept = min(time, window)
+    slots = (memory.position + jnp.arange(time - kept, time, dtype=jnp.int32)) % window
+    return AttentionMemory(
+        memory.keys.at[:, slots].set(k[:, time - kept :]),
+        memory.values.at[:, slots].set(v[:, time - kept :]),
+        start,
+        memory.position + time,
+    )
+
+
+def _implementation(q: Array) -> str | None:
+    """CuDNN's fused attention takes half precision and head widths to 128 in steps of 8."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] > 1
+    return "cudnn" if fits and jax.default_backend() == "gpu" else None

@@ -1,0 +1,78 @@
+"""Sliding attention against its definition, whole and in pieces, near and far from the start."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.ops import attention
+from hope_jax.ops.attention import rotary_angles
+
+sliding_attention = jax.jit(attention.sliding_attention, static_argnames=("window", "rotary_base"))
+
+
+def draw(time, heads=4, groups=2, width=6, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(2, time, n, width) for n in (heads, groups, groups)]
+    return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
+
+
+def turn(x, position, base):
+    """Rotates complex numbers, in float64: another way to write the rotary embedding."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-np.arange(half) * 2.0 / x.shape[-1])
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * frequency)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+def by_definition(q, k, v, starts, window, base):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    y = np.zeros_like(q)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        g = h // (q.shape[2] // k.shape[2])
+        first = max(0, t - window + 1, *np.flatnonzero(starts[b, : t + 1]))
+        query = turn(q[b, t, h], t, base)
+        keys = np.stack([turn(k[b, s, g], s, base) for s in range(first, t + 1)])
+        weights = np.exp(keys @ query / np.sqrt(q.shape[-1]))
+        y[b, t, h] = weights / weights.sum() @ v[b, first : t + 1, g]
+    return y
+
+
+@pytest.mark.parametrize("window", [1, 5, 64])
+@pytest.mark.parametrize("with_starts", [False, True])
+def test_attention_is_what_its_definition_says(window, with_starts):
+    q, k, v = draw(13)
+    starts = np.zeros((2, 13), bool)
+    if with_starts:
+        starts[0, 4], starts[1, [7, 8]] = True, True
+    y, _ = sliding_attention(
+        q, k, v, None, jnp.asarray(starts) if with_starts else None, window=window, rotary_base=50.0
+    )
+    expected = by_definition(q, k, v, starts, window, 50.0)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [(13,), (1, 12), (6, 7), (2, 9, 1, 1)], ids=str)
+@pytest.mark.parametrize("window", [1, 5, 64])
+def test_a_ring_of_keys_remembers_the_window(window, parts):
+    q, k, v = draw(13)
+    starts = jnp.zeros((2, 13), bool).at[0, 4].set(True)
+    whole, end = sliding_attention(q, k, v, None, starts, window=window)
+    memory, pieces, at = None, [], 0
+    for part in parts:
+        cut = slice(at, at + part)
+        y, memory = sliding_attention(
+            q[:, cut], k[:, cut], v[:, cut], memory, starts[:, cut], window=window
+        )
+        pieces.append(y)
+        at += part
+    np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, rtol=1e-5, atol=1e-5)
+    for again, once in zip(memory, end, strict=True):
+        np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-5)
+
+
+def test_angles_stay_exact_ten_million_tokens_away():
+    positions = np.array([0, 5, 4095, 4096, 10_000_019], np.int32)
+    angle = np.asarray(rotary_angles(jnp.asarray(positions), 8, 10_000.0), np.float64)
+    exact = positions[:, None].astype(np.float64) * 10_000.0 ** (-np.arange(0, 8, 2) / 8.0)
+    np.testing.assert_allclose(np.exp(1j * angle), np.exp(1j * exact), atol=5e-3)
