@@ -1,0 +1,60 @@
+"""The table of optimizers, and the config that puts schedule and clipping around one of them."""
+
+from dataclasses import dataclass, field
+
+import optax
+from jaxtyping import PyTree
+
+from hope_jax.optimizers.parameters import ParamInfo
+from hope_jax.optimizers.standard import AdamWConfig, MuonConfig, ScheduleConfig
+
+Rule = AdamWConfig | MuonConfig
+
+OPTIMIZERS: dict[str, type[Rule]] = {
+    "adamw": AdamWConfig,
+    "muon": MuonConfig,
+}
+"""Every optimizer by the `kind` of its config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the slow weights are trained.
+
+    Attributes:
+      rule: The optimizer, one of `OPTIMIZERS`.
+      learning_rate: The highest of the schedule.
+      schedule: How the rate runs.
+      weight_decay: Times the learning rate; on matrices alone.
+      clip: Gradients of a larger global norm are scaled down to it; None leaves them.
+    """
+
+    rule: Rule = field(default_factory=AdamWConfig)
+    learning_rate: float = 1e-3
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    weight_decay: float = 0.1
+    clip: float | None = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate < 0:
+            raise ValueError(f"learning_rate must be at least 0, got {self.learning_rate}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be above 0, or null for none, got {self.clip}")
+
+    def build(
+        self, steps: int, info: PyTree[ParamInfo] | None = None
+    ) -> optax.GradientTransformation:
+        """Makes the optimizer of a run.
+
+        Args:
+          steps: Steps of the whole run, for the schedule.
+          info: What `parameters.describe` read from the model's parameters; None goes by the
+            number of axes.
+        """
+        schedule = self.schedule.build(self.learning_rate, steps)
+        rule = self.rule.build(schedule, weight_decay=self.weight_decay, info=info)
+        if self.clip is None:
+            return rule
+        return optax.chain(optax.clip_by_global_norm(self.clip), rule)
