@@ -1,1 +1,1 @@
-"""Pure functions of arrays: memories, losses, convolutions, each in one or several forms."""
+"""Pure functions of arrays: memory rules, the algebra that makes them parallel, and losses."""
