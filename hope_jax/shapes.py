@@ -26,4 +26,3 @@ class Batch(NamedTuple):
     tokens: Int[Array, "B T+1"]
     starts: Bool[Array, "B T+1"]
     weights: Float[Array, "B T"] | None = None
-    weights: Float[Array, "B T"] | None = None
