@@ -117,11 +117,15 @@ def test_nothing_crosses_time_backwards_a_start_or_a_row(op, by_hand):  # noqa: 
 
 
 @OPS
-def test_bfloat16_tokens_give_bfloat16_and_a_float32_memory(op, by_hand):  # noqa: ARG001
-    x, weights, *_ = map(jnp.asarray, random_call(op))
-    y, memory = op(x.astype(jnp.bfloat16), weights)
+def test_bfloat16_tokens_are_summed_in_float32(op, by_hand):
+    x, weights, memory, starts = random_call(op)
+    x = jnp.asarray(x, jnp.bfloat16)
+    y, after = op(x, jnp.asarray(weights), starts=jnp.asarray(starts))
+    exact, _ = by_hand(np.asarray(x, np.float64), weights, np.zeros_like(memory), starts)
     assert y.dtype == jnp.bfloat16
-    assert memory.dtype == jnp.float32
+    np.testing.assert_array_equal(y, jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16))
+    inputs = op is causal_convolution
+    assert after.dtype == (jnp.bfloat16 if inputs else jnp.float32)
 
 
 def test_a_window_of_one_is_a_product():

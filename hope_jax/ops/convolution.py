@@ -25,25 +25,24 @@ def causal_convolution(
       starts: True where a token is the first of its document.
 
     Returns:
-      The mixed tokens, in the dtype of `x`, and the memory to go on with, in float32 (float64 if
-      `x` is), in which only tokens of the last document are left.
+      The mixed tokens and the memory to go on with, in which only tokens of the last document are
+      left; both in the dtype of `x`.
     """
     past, time = kernel.shape[0] - 1, x.shape[1]
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
     if memory is None:
-        memory = jnp.zeros((x.shape[0], past, x.shape[2]), accumulate)
-    tokens = jnp.concatenate([memory.astype(accumulate), x.astype(accumulate)], axis=1)
+        memory = jnp.zeros((x.shape[0], past, x.shape[2]), x.dtype)
+    tokens = jnp.concatenate([memory.astype(x.dtype), x], axis=1)
     document = None
     if starts is not None:
         document = jnp.cumsum(jnp.pad(starts, ((0, 0), (past, 0))), axis=1)
-    y = jnp.zeros(x.shape, accumulate)
+    y = jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
     for back in range(past + 1):
         there = slice(past - back, past - back + time)
         shifted = tokens[:, there]
         if document is not None:
             same = document[:, there] == document[:, past:]
             shifted = jnp.where(same[..., None], shifted, 0)
-        y = y + kernel[back] * shifted
+        y = y + kernel[back].astype(y.dtype) * shifted
     end = tokens[:, time:]
     if document is not None:
         same = document[:, time:] == document[:, -1:]
