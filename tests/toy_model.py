@@ -34,14 +34,14 @@ class Toy(nnx.Module):
     def __init__(self, config: ToyConfig = ToyConfig(), *, seed: int = 0):
         self.config = config
         shapes = {"recur": (config.width,) * 2, "first": (1, config.width)}
-        shapes["embed"] = (config.vocabulary, config.width)
+        shapes["embed"] = shapes["head"] = config.vocabulary, config.width
         for i, (name, shape) in enumerate(sorted(shapes.items())):
             values = jax.random.normal(jax.random.fold_in(jax.random.key(seed), i), shape)
             setattr(self, name, nnx.Param(0.7 * values))
 
     @property
     def unembedding(self):
-        return self.embed[...]
+        return self.head[...]
 
     def initial_memory(self, batch):
         first = jnp.broadcast_to(self.first[...], (batch, self.config.width))

@@ -110,7 +110,10 @@ def generate(
         setting.
     """
     vocabulary = model.config.vocabulary
-    _check(prompts, vocabulary, max_tokens, temperature, top_k, top_p, block)
+    _check(prompts, vocabulary)
+    check_sampling(max_tokens, temperature, top_k, top_p)
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
     graphdef, params = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(params)
     lengths = np.array([len(prompt) for prompt in prompts])
@@ -210,6 +213,22 @@ def restrict(
     kept = (likelier < top_p) | (jnp.asarray(top_p) >= 1)
     ranked = jnp.where(kept.at[..., 0].set(True), ranked, -jnp.inf)
     return jnp.put_along_axis(logits, order, ranked, -1, inplace=False)
+
+
+def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float):
+    """Checks settings of `generate`.
+
+    Raises:
+      ValueError: At the first that cannot be.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be at least 0 (no limit), got {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 class _Decoding(NamedTuple):
@@ -334,8 +353,8 @@ def _until(tokens: list[int], ends: tuple[int | None, ...]) -> list[int]:
     return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def _check(prompts, vocabulary, max_tokens, temperature, top_k, top_p, block):
-    """Raises ValueError at the first argument of `generate` that cannot be."""
+def _check(prompts: Sequence[Sequence[int]], vocabulary: int):
+    """Raises ValueError at the first prompt that cannot be read."""
     if not prompts:
         raise ValueError("prompts must hold at least 1 prompt, got 0")
     for row, prompt in enumerate(prompts):
@@ -346,12 +365,3 @@ def _check(prompts, vocabulary, max_tokens, temperature, top_k, top_p, block):
             raise ValueError(
                 f"tokens must be in [0, {vocabulary}), prompt {row} holds {strange[0]}"
             )
-    for name, value in (("max_tokens", max_tokens), ("block", block)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (no limit), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")

@@ -1,0 +1,11 @@
+"""What can be asked of a trained model: one frozen dataclass for each task, listed in `TASKS`."""
+
+from hope_jax.evaluation.perplexity import Perplexity
+from hope_jax.evaluation.sample import Sample
+from hope_jax.evaluation.subject import Task
+
+TASKS: dict[str, type[Task]] = {
+    "perplexity": Perplexity,
+    "sample": Sample,
+}
+"""Name on the command line -> task."""
