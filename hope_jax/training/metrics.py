@@ -1,0 +1,250 @@
+"""What a run tells while it goes: speed, metrics files, a progress bar, a picture of the loss."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+TIMINGS = ("seconds", "tokens_per_second", "mfu")
+"""The fields of metrics.jsonl that two runs of the same experiment do not share."""
+
+PEAKS: dict[str, float] = {
+    "TPU7x": 2307e12,
+    "TPU v6": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+"""Dense bfloat16 FLOP/s of one device (V100: float16); the first name that the device's contains.
+
+From the vendors' data sheets: cloud.google.com/tpu/docs (v4 to TPU7x), nvidia.com/data-center (SXM
+figures without sparsity, where the sheet does not say PCIe), and the GeForce whitepapers.
+"""
+
+
+def peak_flops(devices: np.ndarray) -> float | None:
+    """The most that devices of one kind can do in bfloat16, whatever the model computes in.
+
+    Args:
+      devices: Of a mesh.
+
+    Returns:
+      FLOP/s of all together; None if the kind is not in `PEAKS`, as a CPU's.
+    """
+    kind = devices.flat[0].device_kind
+    return next((peak * devices.size for name, peak in PEAKS.items() if name in kind), None)
+
+
+class Meter:
+    """Measures how fast training goes, without the time that something else took."""
+
+    def __init__(
+        self, clock: Callable[[], float], *, tokens: int, flops: float, peak: float | None
+    ):
+        """Starts now.
+
+        Args:
+          clock: Seconds.
+          tokens: Read by each step.
+          flops: Of one step.
+          peak: FLOP/s of all devices together, if known.
+        """
+        self._clock, self._tokens, self._flops, self._peak = clock, tokens, flops, peak
+        self._start = self._last = clock()
+        self._away = self._away_since = 0.0
+        self._steps = self._steps_since = 0
+
+    def step(self):
+        """Counts a step that has ended."""
+        self._steps += 1
+        self._steps_since += 1
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What happens inside is not training."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._away += self._clock() - start
+            self._away_since += self._clock() - start
+
+    def since_last(self) -> dict[str, float | None]:
+        """Returns `TIMINGS` of the steps since the last call; `seconds` since the beginning."""
+        now = self._clock()
+        speed = self._speed(self._steps_since, now - self._last - self._away_since)
+        self._last, self._steps_since, self._away_since = now, 0, 0.0
+        return {"seconds": now - self._start, **speed}
+
+    def overall(self) -> dict[str, float | None]:
+        """Returns `TIMINGS` of all steps."""
+        seconds = self._clock() - self._start
+        return {"seconds": seconds, **self._speed(self._steps, seconds - self._away)}
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float | None]:
+        rate = steps / seconds if steps and seconds > 0 else None
+        return {
+            "tokens_per_second": rate and rate * self._tokens,
+            "mfu": rate and self._peak and rate * self._flops / self._peak,
+        }
+
+
+class Report:
+    """Writes metrics.jsonl, TensorBoard events and the progress bar of one run."""
+
+    def __init__(self, folder: Path, *, step: int, steps: int, name: str, wandb: str | None):
+        """Goes on after `step`: what an interrupted run wrote of later ones is taken back.
+
+        Args:
+          folder: The run's.
+          step: Steps taken before.
+          steps: Steps to take in all.
+          name: The run's.
+          wandb: The project to report to as well (needs the extra `wandb`).
+        """
+        self._path = folder / "metrics.jsonl"
+        kept = [line for line in read(self._path) if line["step"] <= step]
+        replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = tensorboardX.SummaryWriter(
+            str(folder), purge_step=step + 1, write_to_disk=True
+        )
+        self._wandb = _open_wandb(wandb, folder, name) if wandb else None
+        # On a terminal a bar; into a file, a line now and then.
+        self._live = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=steps, initial=step, unit="step", desc=name, disable=not self._live, smoothing=0.1
+        )
+
+    def train(self, step: int, values: dict[str, float | None], *, write: bool):
+        """Takes the metrics of one step.
+
+        Args:
+          step: Steps taken.
+          values: By name.
+          write: Whether they go into the files, not only onto the bar.
+        """
+        self._bar.update(step - self._bar.n)
+        if write:
+            self._record(step, "train", values)
+            shown = _show(values)
+            self._bar.set_postfix_str(shown, refresh=False)
+            if not self._live:
+                print(f"step {step}/{self._bar.total}  {shown}", file=sys.stderr, flush=True)
+
+    def evaluate(self, step: int, split: str, values: dict[str, float | None]):
+        """Takes the results of an evaluation."""
+        self._record(step, split, values)
+        self.say(f"step {step}  {split}: {_show(values)}")
+
+    def text(self, step: int, text: str):
+        """Takes a sample of what the model writes."""
+        self._events.add_text("sample", text, step)
+        self.say(f"step {step}  sample: {text}")
+
+    def say(self, line: str):
+        """Prints a line above the bar."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self):
+        """Finishes the files."""
+        self._bar.close()
+        self._file.close()
+        self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _record(self, step: int, split: str, values: dict[str, float | None]):
+        line = {"step": step, "split": split, **{k: _finite(v) for k, v in values.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in line.items() if isinstance(v, float | int) and k != "step"}
+        for key, value in numbers.items():
+            self._events.add_scalar(f"{split}/{key}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{split}/{key}": value for key, value in numbers.items()}, step=step)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl; a line that a crash left half-written ends it."""
+    lines = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def draw(lines: list[dict[str, Any]], path: Path):
+    """Draws the loss of each split over the steps."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for split in dict.fromkeys(line["split"] for line in lines):
+        points = [(line["step"], line["loss"]) for line in lines if line["split"] == split]
+        points = [(step, loss) for step, loss in points if loss is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), label=split, marker="." if len(points) < 30 else ""
+            )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _show(values: dict[str, float | None]) -> str:
+    forms = {
+        "loss": "loss {:.4f}",
+        "perplexity": "perplexity {:.2f}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
+    }
+    shown = [form.format(values[k]) for k, form in forms.items() if values.get(k) is not None]
+    if values.get("skipped"):
+        shown.append(f"{values['skipped']:.0f} skipped")
+    return ", ".join(shown)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def replace(path: Path, text: str):
+    """Writes a file at once, so that a crash leaves the old one or the new one."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, "utf-8")
+    beside.replace(path)
+
+
+def _open_wandb(project: str, folder: Path, name: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"training.wandb={project} needs the package wandb: pip install 'hope_jax[wandb]'"
+        ) from error
+    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder))
