@@ -54,7 +54,7 @@ def test_bfloat16_matrices_end_near_one(spectrum, shape):
     assert y.dtype == jnp.bfloat16
     given = np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
     values = np.linalg.svd(np.asarray(y, np.float64), compute_uv=False)
-    assert values[given >= 1e-3 * given[0]].min() >= 0.69  # the result is rounded as well
+    assert values[given >= 1e-3 * given[0]].min() >= 0.7
     assert values.max() <= 1.2
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import optax
 from jaxtyping import PyTree
 
+from hope_jax.optimizers.levels import LevelsConfig, levels, stretched
 from hope_jax.optimizers.parameters import ParamInfo
 from hope_jax.optimizers.standard import AdamWConfig, MuonConfig, ScheduleConfig
 
@@ -27,6 +28,7 @@ class OptimizerConfig:
       schedule: How the rate runs.
       weight_decay: Times the learning rate; on matrices alone.
       clip: Gradients of a larger global norm are scaled down to it; None leaves them.
+      levels: How often the levels of a continuum memory move; None moves all at every step.
     """
 
     rule: Rule = field(default_factory=AdamWConfig)
@@ -34,6 +36,7 @@ class OptimizerConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     weight_decay: float = 0.1
     clip: float | None = 1.0
+    levels: LevelsConfig | None = None
 
     def __post_init__(self):
         if self.learning_rate < 0:
@@ -54,7 +57,14 @@ class OptimizerConfig:
             number of axes.
         """
         schedule = self.schedule.build(self.learning_rate, steps)
-        rule = self.rule.build(schedule, weight_decay=self.weight_decay, info=info)
-        if self.clip is None:
-            return rule
-        return optax.chain(optax.clip_by_global_norm(self.clip), rule)
+
+        def rule(period: int) -> optax.GradientTransformation:
+            rate = stretched(schedule, period)
+            return self.rule.build(rate, weight_decay=self.weight_decay, info=info)
+
+        clip = optax.identity() if self.clip is None else optax.clip_by_global_norm(self.clip)
+        if self.levels is None:
+            return optax.chain(clip, rule(1))
+        return optax.chain(
+            clip, levels(rule, self.levels.periods, reduce=self.levels.reduce, info=info)
+        )
