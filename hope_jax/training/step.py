@@ -85,13 +85,16 @@ def abstract_state(model: Outline, tx: optax.GradientTransformation) -> TrainSta
 
     params = abstract_params(model)
     shapes = jax.eval_shape(lambda params: _begin(params, tx, 0), params)
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda slot, param: lay(slot, param.sharding if slot.shape == param.shape else everywhere),
-        shapes.opt_state,
-        params,
-        transform_non_params=lambda x: lay(x, everywhere),
-    )
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def lay_slot(path: tuple[Any, ...], slot: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A slot's path ends with its parameter's, also where an optimizer has but some of them.
+        ends = (by_path.get(path[start:]) for start in range(len(path)))
+        param = next((end for end in ends if end is not None), None)
+        same = param is not None and param.shape == slot.shape
+        return lay(slot, param.sharding if same else everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(lay_slot, shapes.opt_state)
     state = jax.tree.map(lambda x: lay(x, everywhere), shapes._replace(params=(), opt_state=()))
     return state._replace(params=params, opt_state=opt_state)
 
