@@ -122,6 +122,25 @@ def test_length_and_settings_compile_nothing_new():
     assert Toy.traces == 0
 
 
+def test_tokens_that_the_tokenizer_does_not_know_are_never_written():
+    options = {"key": KEYS, "max_tokens": 40, "temperature": 3.0}
+    assert max(max(row) for row in generate(toy(), PROMPTS, **options)) > 11
+    written = generate(toy(), PROMPTS, vocabulary=12, **options)
+    assert max(max(row) for row in written) < 12
+
+
+def test_progress_is_told_chunk_by_chunk_and_block_by_block():
+    seen = []
+
+    def track(steps):
+        seen.append(len(steps))
+        return iter(steps)
+
+    options = {"key": KEYS[:1], "max_tokens": 9, "chunk": 4, "block": 4}
+    generate(toy(), [[1] * 14], track=track, **options)
+    assert seen == [3, 3]
+
+
 def test_done_rows_stop_the_device():
     prompts = [[1], [2]]
     written = generate(toy(), prompts, key=KEYS[:2], max_tokens=10**9, temperature=5.0, stop=9)

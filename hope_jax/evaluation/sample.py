@@ -8,7 +8,7 @@ from flax import nnx
 
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.evaluation.subject import Results, Subject
-from hope_jax.models.generate import check_sampling, generate
+from hope_jax.models.generate import Track, check_sampling, generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Sample:
     def run(self, subject: Subject) -> Results:
         """Writes; returns the `texts`, prompt included, and how many `tokens` are new."""
         prompt = self._prompt(subject.tokenizer)
-        written = self._write(subject.model, subject.tokenizer, prompt)
+        written = self._write(subject.model, subject.tokenizer, prompt, subject.track)
         return {
             "texts": [subject.tokenizer.decode([*prompt, *row]) for row in written],
             "tokens": sum(map(len, written)),
@@ -72,7 +72,9 @@ class Sample:
             raise ValueError(_no_token(name, self.prompt_file or text))
         return [tokenizer.bos, *tokens]
 
-    def _write(self, model: nnx.Module, tokenizer: Tokenizer, prompt: list[int]) -> list[list[int]]:
+    def _write(
+        self, model: nnx.Module, tokenizer: Tokenizer, prompt: list[int], track: Track = iter
+    ) -> list[list[int]]:
         return generate(
             model,
             [prompt] * self.batch,
@@ -82,6 +84,8 @@ class Sample:
             top_k=self.top_k,
             top_p=self.top_p,
             stop=tokenizer.bos,
+            vocabulary=tokenizer.vocabulary,
+            track=track,
         )
 
 

@@ -1,10 +1,10 @@
 """How well a model foretells a stream: each target once, with memory carried on or fresh."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hope_jax.data.packing import Stream, weigh
+from hope_jax.models.generate import Memory, Track
 from hope_jax.ops.likelihood import next_token_loss
 from hope_jax.shapes import Batch
 from hope_jax.sharding import RULES, named
 
-Memory = Any
 Row = range
 """The stream positions that one row of a batch reads; it foretells the position after each."""
 
@@ -65,7 +65,7 @@ def total(
     *,
     carry: bool,
     isolate: bool = True,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Track = iter,
 ) -> Total:
     """Scores the rows of a plan; the host looks one batch behind, so that no device waits.
 

@@ -1,19 +1,16 @@
 """What a task is, and what it is given to examine."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 from flax import nnx
 
 from hope_jax.data.packing import Stream
 from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.models.generate import Track
 
 Results = dict[str, int | float | str | list[str]]
 """What a task found: numbers by name, and texts that the model wrote."""
-
-
-def _silently(steps: Sequence[Any]) -> Iterable[Any]:
-    return steps
 
 
 class Subject(NamedTuple):
@@ -33,7 +30,7 @@ class Subject(NamedTuple):
     stream: Callable[[str], Stream]
     window: int
     isolate: bool = True
-    track: Callable[[Sequence[Any]], Iterable[Any]] = _silently
+    track: Track = iter
 
 
 class Task(Protocol):

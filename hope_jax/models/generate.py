@@ -5,7 +5,7 @@ stay on the device, so a model is compiled for a few shapes only, however long t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from hope_jax.shapes import Starts, Tokens
 
 Memory = Any
+Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 _NOTHING = -1
 
@@ -29,6 +30,7 @@ def read(
     starts: Starts | np.ndarray | None = None,
     *,
     chunk: int = 128,
+    track: Track = iter,
 ) -> Memory:
     """Reads text of any length and returns what the model remembers of it.
 
@@ -42,6 +44,7 @@ def read(
         fresh memory.
       starts: True where a document begins. None where none does.
       chunk: How many tokens are read at once. It changes the speed and nothing else.
+      track: Passes the chunks' beginnings on and may show how many are done.
 
     Returns:
       The memory after the last token.
@@ -55,7 +58,7 @@ def read(
     params = nnx.to_pure_dict(params)
     memory = _own(graphdef, params, tokens.shape[0], memory)
     whole = tokens.shape[1] // chunk * chunk
-    for t in range(0, whole, chunk):
+    for t in track(range(0, whole, chunk)):
         memory = _read_chunk(
             graphdef, params, memory, *_slice(tokens, starts, slice(t, t + chunk), chunk)
         )
@@ -77,9 +80,11 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: int | None = None,
+    vocabulary: int | None = None,
     memory: Memory | None = None,
     chunk: int = 128,
     block: int = 64,
+    track: Track = iter,
 ) -> list[list[int]]:
     """Continues each prompt by sampled tokens.
 
@@ -98,9 +103,12 @@ def generate(
       top_k: Sample among the k likeliest tokens. 0 is no limit.
       top_p: Sample among the fewest likeliest tokens that hold this share of the probability.
       stop: The token that ends a row. It is not returned. None never ends a row early.
+      vocabulary: Tokens from here on are never written. None allows all that the model has, which
+        may be more than its tokenizer knows.
       memory: What the text before the prompts left behind; it is copied. None is fresh memory.
       chunk: How many tokens of a prompt are read at once. It changes the speed and nothing else.
       block: How many steps the device takes before the host looks. The same holds.
+      track: Passes the numbers of chunks and blocks on and may show how many are done.
 
     Returns:
       The new tokens of each row, without the prompt.
@@ -109,50 +117,43 @@ def generate(
       ValueError: A prompt without a token, a token outside the vocabulary, or an impossible
         setting.
     """
-    vocabulary = model.config.vocabulary
-    _check(prompts, vocabulary)
+    known = model.config.vocabulary
+    _check(prompts, known)
     check_sampling(max_tokens, temperature, top_k, top_p)
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
     graphdef, params = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(params)
-    lengths = np.array([len(prompt) for prompt in prompts])
-    padded = np.zeros((len(prompts), lengths.max() + block), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    position = lengths.min() - 1
+    padded, lengths = _pad(prompts, block)
+    first = lengths.min()
     state = _Decoding(
-        memory=read(model, padded[:, :position], memory, chunk=chunk),
-        last=jnp.asarray(padded[:, position]),
+        memory=read(model, padded[:, : first - 1], memory, chunk=chunk, track=track),
+        last=jnp.asarray(padded[:, first - 1]),
         done=jnp.zeros(len(prompts), bool),
-        position=jnp.asarray(position, jnp.int32),
-    )
-    keys = (
-        key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(prompts)))
-    )
-    sampling = _Sampling(
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(top_k or vocabulary, jnp.int32),
-        jnp.asarray(top_p, jnp.float32),
+        position=jnp.asarray(first - 1, jnp.int32),
     )
     plan = _Plan(
         lengths=jnp.asarray(lengths, jnp.int32),
         end=jnp.asarray(lengths + max_tokens, jnp.int32),
         stop=jnp.asarray(_NOTHING if stop is None else stop, jnp.int32),
-        keys=keys,
+        vocabulary=jnp.asarray(known if vocabulary is None else vocabulary, jnp.int32),
+        keys=key if key.ndim else _row_keys(key, np.arange(len(prompts))),
+        temperature=jnp.asarray(temperature, jnp.float32),
+        top_k=jnp.asarray(top_k, jnp.int32),
+        top_p=jnp.asarray(top_p, jnp.float32),
     )
-    written = [padded[:, : position + 1]]
-    while not np.all(state.done):
-        ahead = padded[:, position + 1 : position + 1 + block]
+    written = [padded[:, :first]]
+    for start in track(range(first, lengths.max() + max_tokens, block)):
+        ahead = padded[:, start : start + block]
         ahead = np.pad(ahead, ((0, 0), (0, block - ahead.shape[1])))
-        state, tokens = _write_block(graphdef, params, state, plan, sampling, ahead)
+        state, tokens = _write_block(graphdef, params, state, plan, ahead)
         written.append(np.asarray(tokens))
-        position += block
+        if np.all(state.done):
+            break
     rows = np.concatenate(written, axis=1)
-    ends = np.minimum(lengths + max_tokens, rows.shape[1])
     return [
-        _until(row[start:end].tolist(), (_NOTHING, stop))
-        for row, start, end in zip(rows, lengths, ends, strict=True)
+        _until(row[start : start + max_tokens].tolist(), (_NOTHING, stop))
+        for row, start in zip(rows, lengths, strict=True)
     ]
 
 
@@ -254,18 +255,18 @@ class _Plan(NamedTuple):
       lengths: The tokens in each prompt.
       end: The tokens in each row when `max_tokens` are written.
       stop: The token that ends a row, `_NOTHING` if none does.
+      vocabulary: Tokens from here on are not drawn.
       keys: One key for each row.
+      temperature: See `draw`, as for the others.
+      top_k: See there.
+      top_p: See there.
     """
 
     lengths: Int[Array, " B"]
     end: Int[Array, " B"]
     stop: Int[Array, ""]
+    vocabulary: Int[Array, ""]
     keys: Key[Array, " B"]
-
-
-class _Sampling(NamedTuple):
-    """How a token is drawn; the arguments of `draw`."""
-
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
@@ -299,7 +300,6 @@ def _write_block(
     params: dict,
     state: _Decoding,
     plan: _Plan,
-    sampling: _Sampling,
     ahead: Int[Array, "B steps"],
 ) -> tuple[_Decoding, Int[Array, "B steps"]]:
     """Takes up to `steps` steps, fewer if all rows are done; `ahead` holds the prompts' next."""
@@ -314,7 +314,9 @@ def _write_block(
         logits, memory = model(state.last[:, None], state.memory)
         position = state.position + 1
         keys = jax.vmap(jax.random.fold_in, (0, None))(plan.keys, position)
-        drawn = draw(logits[:, 0], keys, **sampling._asdict())
+        settings = {"temperature": plan.temperature, "top_k": plan.top_k, "top_p": plan.top_p}
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < plan.vocabulary, logits[:, 0], -jnp.inf)
+        drawn = draw(logits, keys, **settings)
         prompted = position < plan.lengths
         last = jnp.where(prompted, ahead[:, i], drawn)
         tokens = tokens.at[:, i].set(jnp.where(state.done, _NOTHING, last))
@@ -332,6 +334,20 @@ def _own(graphdef: nnx.GraphDef, params: dict, rows: int, memory: Memory | None)
     if memory is None:
         return _initial_memory(graphdef, params, rows)
     return jax.tree.map(jnp.copy, memory)
+
+
+_row_keys = jax.vmap(jax.random.fold_in, (None, 0))
+
+
+def _pad(
+    prompts: Sequence[Sequence[int]], room: int
+) -> tuple[Int[np.ndarray, "B N"], Int[np.ndarray, " B"]]:
+    """Returns the prompts as one array, with `room` behind the longest, and their lengths."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    padded = np.zeros((len(prompts), lengths.max() + room), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, lengths
 
 
 def _slice(tokens, starts, part: slice, width: int) -> tuple[np.ndarray, np.ndarray | None]:
