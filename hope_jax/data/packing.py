@@ -73,8 +73,8 @@ class Chain:
         weights = None
         if any(piece.weights is not None for piece in pieces):
             weights = np.concatenate([weigh(piece) for piece in pieces])
-        tokens, starts = (np.concatenate([piece[i] for piece in pieces]) for i in (0, 1))
-        return Piece(tokens, starts, weights)
+        tokens = np.concatenate([piece.tokens for piece in pieces])
+        return Piece(tokens, np.concatenate([piece.starts for piece in pieces]), weights)
 
 
 class Windows:

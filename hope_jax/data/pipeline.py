@@ -4,10 +4,10 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -91,7 +91,9 @@ class DataConfig:
         """
         if not isinstance(self.tokenizer, SentencePieceConfig) or self.tokenizer.model:
             return self.tokenizer.build()
-        corpora = [part.source for part in _parts(self.source)]
+        corpora = [
+            part.source for part in _parts(self.source) if not isinstance(part.source, RecallConfig)
+        ]
         return cache.learned(self.tokenizer, corpora, self.split, folder=self._folder)
 
     def build(self, *, tokenizer: Tokenizer | None = None) -> "Data":
@@ -245,7 +247,7 @@ class Data:
         windows = -(-(stream.info.tokens - 1) // window)
         steps = -(-windows // batch)
 
-        def pieces() -> Iterator[Piece]:
+        def pieces() -> Generator[Piece, None, None]:
             for step in range(steps):
                 order = placement.rows * steps + step if in_lanes else step * batch + placement.rows
                 read = [
@@ -321,7 +323,7 @@ class Batches:
 
     def __init__(
         self,
-        pieces: Iterator[Piece],
+        pieces: "Pieces",
         placement: "Placement",
         *,
         ahead: int,
@@ -330,7 +332,7 @@ class Batches:
         """Begins to read.
 
         Args:
-          pieces: What this process reads of each batch; has a method `close`.
+          pieces: What this process reads of each batch.
           placement: How a piece becomes a batch.
           ahead: How many batches may wait.
           steps: How many there are.
@@ -368,6 +370,18 @@ class Batches:
         self._finalizer()
 
 
+class Pieces(Protocol):
+    """What this process reads of each batch, in order."""
+
+    def __next__(self) -> Piece: ...
+
+    def __iter__(self) -> "Pieces": ...
+
+    def close(self) -> None:
+        """Ends the reading."""
+        ...
+
+
 class Placement(NamedTuple):
     """Which rows of a batch this process reads, and where they go.
 
@@ -390,13 +404,7 @@ class Placement(NamedTuple):
         if self.mesh is None:
             return jax.device_put(local)
         shape = (self.batch, *local.shape[1:])
-
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(self.batch)
-            first = np.searchsorted(self.rows, start)
-            return local[first : first + stop - start]
-
-        return jax.make_array_from_callback(shape, _sharding(shape, self.mesh), shard)
+        return jax.make_array_from_process_local_data(_sharding(shape, self.mesh), local, shape)
 
 
 def _place(batch: int, mesh: Mesh | None) -> Placement:
@@ -413,7 +421,7 @@ def _place(batch: int, mesh: Mesh | None) -> Placement:
         )
     shape = (batch, 1)
     shards = _sharding(shape, mesh).addressable_devices_indices_map(shape).values()
-    rows = {row for index in shards for row in range(*index[0].indices(batch))}
+    rows = {row for index in shards if index for row in range(*index[0].indices(batch))}
     return Placement(np.array(sorted(rows)), batch, mesh)
 
 
@@ -429,7 +437,7 @@ def _stack(pieces: Sequence[Piece], *, isolate: bool, weighted: bool) -> Piece:
 
 
 def _feed(
-    pieces: Iterator[Piece], placement: Placement, ready: queue.Queue, stopped: threading.Event
+    pieces: Pieces, placement: Placement, ready: queue.Queue, stopped: threading.Event
 ) -> None:
     """Fills the queue with batches, then with what ended them."""
     try:
@@ -450,7 +458,7 @@ def _offer(item: Batch | BaseException, ready: queue.Queue, stopped: threading.E
     return None
 
 
-def _stop(pieces: Iterator[Piece], feed: threading.Thread, stopped: threading.Event) -> None:
+def _stop(pieces: Pieces, feed: threading.Thread, stopped: threading.Event) -> None:
     stopped.set()
     feed.join()
     pieces.close()

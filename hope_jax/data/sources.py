@@ -275,7 +275,7 @@ class HuggingFaceConfig:
 
     def _load(self, split: str):
         try:
-            import datasets
+            import datasets  # pyrefly: ignore[missing-import]
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 "source kind 'huggingface' needs datasets: pip install 'hope_jax[datasets]'"

@@ -309,16 +309,19 @@ def _sample(texts: Iterable[str], budget: int) -> list[str]:
     The documents with the smallest hashes are kept until they are `budget` bytes; the last of
     them is cut.
     """
-    heap: list[tuple[int, int, str]] = []
+    heap: list[tuple[int, bytes]] = []
     total = 0
     for text in texts:
         data = _utf8(text)
         rank = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
-        heapq.heappush(heap, (-rank, len(data), text[:budget]))
-        total += len(data)
-        while total - heap[0][1] >= budget:
-            total -= heapq.heappop(heap)[1]
-    return [text[: budget - total if total > budget else None] for _, _, text in heap]
+        heapq.heappush(heap, (-rank, data[:budget]))
+        total += min(len(data), budget)
+        while total - len(heap[0][1]) >= budget:
+            total -= len(heapq.heappop(heap)[1])
+    sample = [data for _, data in sorted(heap)]
+    if total > budget:
+        sample[0] = sample[0][: budget - total]
+    return [data.decode("utf-8", errors="ignore") for data in sample]
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
