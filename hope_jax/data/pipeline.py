@@ -170,7 +170,7 @@ class Data:
 
     def info(self, split: str) -> SplitInfo:
         """Returns how much a split holds, all sources of a mixture together."""
-        return self._chain(split).info
+        return self.documents(split).info
 
     def train(self, start_step: int = 0) -> "Batches":
         """Reads shuffled windows without end, each source once before any of it comes again.
@@ -237,7 +237,7 @@ class Data:
     def _evaluation(
         self, split: str, batch: int | None, window: int | None, *, in_lanes: bool
     ) -> "Batches":
-        stream = self._chain(split)
+        stream = self.documents(split)
         batch = self.config.batch if batch is None else batch
         window = self.config.window if window is None else window
         for name, value in (("batch", batch), ("window", window)):
@@ -258,7 +258,12 @@ class Data:
 
         return Batches(pieces(), placement, ahead=self.config.prefetch, steps=steps)
 
-    def _chain(self, split: str) -> Chain:
+    def documents(self, split: str) -> Stream:
+        """Returns the documents of a split, those of a mixture's sources one after another.
+
+        Raises:
+          ValueError: There is no such split.
+        """
         streams = [part[split] for part in self._streams if split in part]
         if not streams:
             raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
@@ -341,10 +346,13 @@ class Batches:
         self._ready: queue.Queue = queue.Queue(ahead)
         stopped = threading.Event()
         feed = threading.Thread(
-            target=_feed, args=(pieces, placement, self._ready, stopped), daemon=True
+            target=_feed,
+            args=(pieces, placement, self._ready, stopped),
+            name="hope_jax batches",
+            daemon=True,
         )
         # Runs at `close`, when this object is gone, or when Python ends, whichever is first.
-        self._finalizer = weakref.finalize(self, _stop, pieces, feed, stopped)
+        self._finalizer = weakref.finalize(self, _stop, feed, stopped)
         feed.start()
 
     def __iter__(self) -> "Batches":
@@ -444,11 +452,13 @@ def _feed(
         for piece in pieces:
             _offer(placement.put(piece), ready, stopped)
             if stopped.is_set():
-                return
+                break
         _offer(StopIteration(), ready, stopped)
     # Whatever goes wrong belongs to the thread that asks for the batch.
     except BaseException as error:
         _offer(error, ready, stopped)
+    finally:
+        pieces.close()
 
 
 def _offer(item: Batch | BaseException, ready: queue.Queue, stopped: threading.Event) -> None:
@@ -458,10 +468,11 @@ def _offer(item: Batch | BaseException, ready: queue.Queue, stopped: threading.E
     return None
 
 
-def _stop(pieces: Pieces, feed: threading.Thread, stopped: threading.Event) -> None:
+def _stop(feed: threading.Thread, stopped: threading.Event) -> None:
     stopped.set()
-    feed.join()
-    pieces.close()
+    # The garbage collector may run this in any thread.
+    if feed is not threading.current_thread():
+        feed.join()
 
 
 def _parts(source: SourceConfig) -> tuple[PartConfig, ...]:
