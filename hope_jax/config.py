@@ -128,6 +128,27 @@ def claim(experiment: Experiment) -> Path:
     return experiment.folder
 
 
+def arguments(cls: type, overrides: Sequence[str]) -> Any:
+    """Builds a dataclass from nothing but overrides.
+
+    Args:
+      cls: A dataclass with a default for every field.
+      overrides: Each `key=value`. Where a setting may be any text, the value is that text as it
+        stands; elsewhere it is YAML.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if equals and str in _options(_hints(cls).get(key)):
+            settings[key] = text
+        else:
+            settings = _override(settings, override)
+    return parse(cls, settings)
+
+
 def parse(wanted: Any, value: Any, where: str = "", default: Any = MISSING) -> Any:
     """Builds a value of a type from what YAML gave.
 

@@ -10,7 +10,7 @@ import numpy as np
 from hope_jax.data.packing import Piece, SplitInfo
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.evaluation.score import Total, lanes, total, whole_rows, windows
-from hope_jax.evaluation.subject import Results, Subject
+from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Perplexity:
             stream, name = Document(Path(self.file), subject.tokenizer), self.file
         tokens = stream.info.tokens
         if tokens < 2:
-            raise ValueError(f"a text must hold at least 1 token to foretell, {name} holds 0")
+            raise TaskError(f"a text must hold at least 1 token to foretell, {name} holds 0")
         carry = self.context == "stream"
         if not carry:
             plan = windows(tokens, window=subject.window, rows=whole_rows(self.batch))
@@ -91,15 +91,11 @@ class Document:
         """Reads and encodes the file.
 
         Raises:
-          ValueError: There is no such file, it is no UTF-8, or the tokenizer cannot encode it.
+          TaskError: There is no such file, it is no UTF-8, or the tokenizer cannot encode it.
         """
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise ValueError(f"file {str(path)!r} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"file {str(path)!r} is not UTF-8: {error}") from error
-        self._tokens = np.concatenate([[tokenizer.bos], tokenizer.encode(text)]).astype(np.int32)
+        text = read_text(path)
+        tokens = encode(tokenizer, text, str(path))
+        self._tokens = np.concatenate([[tokenizer.bos], tokens]).astype(np.int32)
         self.info = SplitInfo(len(self._tokens), 1, len(text.encode()), len(text.split()))
 
     def read(self, start: int, stop: int) -> Piece:

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from hope_jax.data.tokenizer import Tokenizer
-from hope_jax.evaluation.subject import Results, Subject
+from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
 from hope_jax.models.generate import Track, check_sampling, generate
 
 
@@ -64,12 +64,12 @@ class Sample:
         """Returns the prompt's tokens behind the one that begins every document."""
         text, name = self.prompt, "prompt"
         if self.prompt_file is not None:
-            text, name = _read(Path(self.prompt_file)), "prompt_file"
+            text, name = read_text(Path(self.prompt_file)), "prompt_file"
         if text is None:
             return [tokenizer.bos]
-        tokens = tokenizer.encode(text).tolist()
+        tokens = encode(tokenizer, text, name).tolist()
         if not tokens:
-            raise ValueError(_no_token(name, self.prompt_file or text))
+            raise TaskError(_no_token(name, self.prompt_file or text))
         return [tokenizer.bos, *tokens]
 
     def _write(
@@ -94,17 +94,3 @@ def _no_token(name: str, value: str) -> str:
         f"{name} must hold at least 1 token, got {value!r}: "
         "leave it out to write from the beginning of a document"
     )
-
-
-def _read(path: Path) -> str:
-    """Reads a prompt.
-
-    Raises:
-      ValueError: There is no such file, or it is no UTF-8.
-    """
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ValueError(f"prompt_file {str(path)!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompt_file {str(path)!r} is not UTF-8: {error}") from error

@@ -1,9 +1,12 @@
 """What a task is, and what it is given to examine."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from hope_jax.data.packing import Stream
 from hope_jax.data.tokenizer import Tokenizer
@@ -11,6 +14,10 @@ from hope_jax.models.generate import Track
 
 Results = dict[str, int | float | str | list[str]]
 """What a task found: numbers by name, and texts that the model wrote."""
+
+
+class TaskError(ValueError):
+    """A question does not fit the subject, or asks for what is not there; the message is a line."""
 
 
 class Subject(NamedTuple):
@@ -40,6 +47,32 @@ class Task(Protocol):
         """Asks it.
 
         Raises:
-          ValueError: The question does not fit the subject.
+          TaskError: The question does not fit the subject.
         """
         ...
+
+
+def read_text(path: Path) -> str:
+    """Reads a file that a user names.
+
+    Raises:
+      TaskError: There is no such file, or it is no UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise TaskError(f"file {str(path)!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"file {str(path)!r} is not UTF-8: {error}") from error
+
+
+def encode(tokenizer: Tokenizer, text: str, name: str) -> Int[np.ndarray, " T"]:
+    """Encodes a text that a user gives, called `name` in errors.
+
+    Raises:
+      TaskError: The tokenizer has no ids for it.
+    """
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise TaskError(f"the tokenizer cannot encode {name}: {error}") from error

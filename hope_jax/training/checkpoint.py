@@ -13,6 +13,9 @@ from orbax.checkpoint import v1 as ocp
 from hope_jax.training.step import Params, TrainState
 
 _log = logging.getLogger(__name__)
+_SEAL = "sizes.json"
+"""Written into a complete checkpoint: what is shorter than that was damaged later."""
+
 _policies = ocp.training.preservation_policies
 
 
@@ -95,7 +98,10 @@ class Checkpoints:
         """
         step = int(state.step)
         with self._reporting():
-            self._open().save_checkpointables_async(
+            manager = self._open()
+            manager.wait()
+            self._seal()
+            manager.save_checkpointables_async(
                 step,
                 {"params": state.params, "training": state._replace(params=None)._asdict()},
                 custom_metadata=about,
@@ -112,6 +118,7 @@ class Checkpoints:
             manager, self._manager = self._manager, None
             with self._reporting():
                 manager.close()
+                self._seal()
 
     def last_good(self) -> Path | None:
         """The newest checkpoint whose last step was finite."""
@@ -139,6 +146,14 @@ class Checkpoints:
             )
         return self._manager
 
+    def _seal(self):
+        """Notes the size of every file of the checkpoints that were completed."""
+        for path in steps(self.folder):
+            if not (path / _SEAL).exists():
+                beside = path / f"{_SEAL}.tmp"
+                beside.write_text(json.dumps(_sizes(path)), "utf-8")
+                beside.replace(path / _SEAL)
+
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
@@ -156,6 +171,23 @@ def steps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=_step)
+
+
+def best(folder: Path) -> Path:
+    """The checkpoint with the least loss on validation.
+
+    Raises:
+      CheckpointError: None was saved after a validation.
+    """
+    losses = {}
+    for path in steps(folder):
+        metrics = path / "metrics" / "metrics"
+        if metrics.exists():
+            with _reading(path):
+                losses[json.loads(metrics.read_text("utf-8"))["loss"]] = path
+    if not losses:
+        raise CheckpointError(f"no checkpoint in {folder} has a validation loss")
+    return losses[min(losses)]
 
 
 def restore_params(run: Path, params: Params) -> tuple[Params, Path]:
@@ -177,6 +209,7 @@ def restore_params(run: Path, params: Params) -> tuple[Params, Path]:
     broken = []
     for path in reversed(found):
         try:
+            read_about(path)
             return _load_params(path, params), path
         except CheckpointError as error:
             _log.warning("%s", error)
@@ -185,16 +218,22 @@ def restore_params(run: Path, params: Params) -> tuple[Params, Path]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Reads what was said of a checkpoint when it was saved.
+    """Reads what was said of a checkpoint when it was saved, and looks whether it is all there.
 
     Raises:
       CheckpointError: It is damaged.
     """
     try:
+        sizes = json.loads((path / _SEAL).read_text("utf-8")) if (path / _SEAL).exists() else {}
         about = json.loads((path / "_CHECKPOINT_METADATA").read_text("utf-8"))["custom_metadata"]
         metrics = path / "metrics" / "metrics"
         if metrics.exists():
             json.loads(metrics.read_text("utf-8"))
+        found = _sizes(path)
+        for name, size in sizes.items():
+            if found.get(name) != size:
+                there = f"{found[name]} bytes" if name in found else "missing"
+                raise ValueError(f"{name} is {there}, not {size} bytes")
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
     return about
@@ -227,6 +266,11 @@ def _compare(path: Path, params: Params):
             f"checkpoint {path} is another model's: {name} is {found.get(name, 'absent')} there "
             f"and {wanted.get(name, 'absent')} here{more}"
         )
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(_SEAL)]
+    return {str(file.relative_to(path)): file.stat().st_size for file in files}
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:

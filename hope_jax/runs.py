@@ -1,0 +1,147 @@
+"""Opens what training left behind: a run's settings, tokenizer and data, and a model from it."""
+
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from hope_jax import config, sharding
+from hope_jax.config import ConfigError, Experiment
+from hope_jax.data import Data, Tokenizer, load_tokenizer
+from hope_jax.data.packing import Stream
+from hope_jax.evaluation.score import whole_rows
+from hope_jax.evaluation.subject import Subject, TaskError
+from hope_jax.training.checkpoint import best, read_about, restore_params, steps
+from hope_jax.training.step import abstract_params, outline
+
+Which = Literal["latest", "best"] | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which checkpoint of a run is meant.
+
+    Attributes:
+      checkpoint: "latest" is the newest that is complete, "best" that of the least loss on
+        validation, a number that after so many steps.
+    """
+
+    checkpoint: Which = "latest"
+
+
+class Run(NamedTuple):
+    """A run folder.
+
+    Attributes:
+      folder: Where it lies.
+      experiment: What was trained.
+      tokenizer: What its ids mean.
+      checkpoint: One of its checkpoints if that was named, else None.
+    """
+
+    folder: Path
+    experiment: Experiment
+    tokenizer: Tokenizer
+    checkpoint: Path | None = None
+
+
+def find(path: Path) -> Run:
+    """Reads what a run says of itself.
+
+    Args:
+      path: A run folder, or a checkpoint in it.
+
+    Raises:
+      ConfigError: It is neither, or the run is damaged.
+    """
+    is_checkpoint = path.name.isdigit() and path.parent.name == "checkpoints"
+    folder = path.parent.parent if is_checkpoint else path
+    if not path.exists() or not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{path} is neither a run folder nor a checkpoint in one")
+    try:
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    experiment = config.load(folder / "config.yaml")
+    if tokenizer.vocabulary != experiment.data.tokenizer.vocabulary:
+        raise ConfigError(
+            f"{folder} must have a tokenizer of {experiment.data.tokenizer.vocabulary} ids, "
+            f"got one of {tokenizer.vocabulary}"
+        )
+    return Run(folder, experiment, tokenizer, path if is_checkpoint else None)
+
+
+def mesh(experiment: Experiment) -> Mesh:
+    """The mesh that a run was trained on; where it does not fit the devices, all share it all."""
+    try:
+        return experiment.mesh.build()
+    except ValueError:
+        return sharding.MeshConfig(data=1, fsdp=-1).build()
+
+
+def load(run: Run, which: Which = "latest") -> tuple[nnx.Module, Path]:
+    """Loads a model; call it with a mesh in use.
+
+    Args:
+      run: From `find`.
+      which: See `Choice`, where `run` names none.
+
+    Returns:
+      The model, and the checkpoint that it is from. A newest one that is damaged is passed over
+      with a warning.
+
+    Raises:
+      CheckpointError: No checkpoint can be read.
+      ConfigError: There is no such checkpoint, or it was trained with another tokenizer.
+      OtherModelError: The checkpoint is not of the model that the settings say.
+    """
+    model = outline(partial(run.experiment.model.build, seed=run.experiment.seed))
+    params, checkpoint = restore_params(_choose(run, which), abstract_params(model))
+    known = read_about(checkpoint)["data"]["tokenizer"]
+    if known != run.tokenizer.fingerprint:
+        raise ConfigError(f"{checkpoint} was trained with another tokenizer than {run.folder} has")
+    return nnx.merge(model.graphdef, params), checkpoint
+
+
+def subject(run: Run, model: nnx.Module) -> Subject:
+    """Joins a model with its run; the data is read when a task first asks for it."""
+    settings = run.experiment.data
+
+    @cache
+    def data() -> Data:
+        rows = replace(settings, batch=whole_rows(settings.batch))
+        return rows.build(tokenizer=run.tokenizer)
+
+    def stream(split: str) -> Stream:
+        try:
+            return data().documents(split)
+        except (ImportError, OSError, ValueError) as error:
+            raise TaskError(str(error)) from error
+
+    return Subject(
+        model=model,
+        tokenizer=run.tokenizer,
+        stream=stream,
+        window=settings.window,
+        isolate=settings.isolate_documents,
+    )
+
+
+def _choose(run: Run, which: Which) -> Path:
+    """The folder to restore from."""
+    checkpoints = run.folder / "checkpoints"
+    if run.checkpoint is not None:
+        if which != "latest":
+            raise ConfigError(f"checkpoint={which} must not be given with {run.checkpoint}")
+        return run.checkpoint
+    if which == "latest":
+        return run.folder
+    if which == "best":
+        return best(checkpoints)
+    there = [path.name for path in steps(checkpoints)]
+    if str(which) not in there:
+        raise ConfigError(f"checkpoint={which} is no choice; choices: {', '.join(there)}")
+    return checkpoints / str(which)
