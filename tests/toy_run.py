@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from hope_jax import sharding
 from hope_jax.shapes import Batch
@@ -105,6 +107,23 @@ class ToyData:
         return jax.tree.map(
             lambda x: jax.device_put(x, sharding.named(("batch", None), x.shape, mesh)), batch
         )
+
+
+@contextmanager
+def compiled_once(folder: Path):
+    """Keeps what XLA compiled, as each run compiles the same small programs again."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 def optimizer() -> optax.GradientTransformation:
