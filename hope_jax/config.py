@@ -5,7 +5,8 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -149,6 +150,36 @@ def arguments(cls: type, overrides: Sequence[str]) -> Any:
     return parse(cls, settings)
 
 
+def settings(cls: type, where: str = "") -> Iterator[str]:
+    """Lists every setting of a dataclass with its type and default, one a line."""
+    hints = _hints(cls)
+    for spec in fields(cls):
+        name, options = _join(where, spec.name), _options(hints[spec.name])
+        classes = [option for option in options if is_dataclass(option)]
+        default = _default(spec)
+        for option in classes:
+            kind = f"[{_kinds(option)[0]}]" if len(classes) > 1 else ""
+            yield from settings(option, f"{name}{kind}")
+        if len(classes) < len(options):
+            shown = "" if default is MISSING else f" = {_show(_plain(default))}"
+            yield f"{name}: {_describe(hints[spec.name])}{shown}"
+
+
+@contextmanager
+def blame(section: str) -> Iterator[None]:
+    """Turns what goes wrong while a section is built into an error that names it.
+
+    Raises:
+      ConfigError: A file, a package or a value is not as the section says.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(f"{section}: {error}") from error
+
+
 def parse(wanted: Any, value: Any, where: str = "", default: Any = MISSING) -> Any:
     """Builds a value of a type from what YAML gave.
 
@@ -224,17 +255,30 @@ def _parse_leaf(wanted: Any, value: Any, where: str) -> Any:
         choices = [choice for option in _options(wanted) for choice in _literals(option)]
         if choices:
             raise ConfigError(_unfit(where, value, choices)) from error
-        names = [_TYPES.get(option, str(option)) for option in _options(wanted)]
-        raise ConfigError(f"{where}={_show(value)} must be {' or '.join(names)}") from error
+        raise ConfigError(f"{where}={_show(value)} must be {_describe(wanted)}") from error
 
 
 _TYPES = {
-    int: "a whole number",
-    float: "a number",
+    int: "whole number",
+    float: "number",
     str: "text",
     bool: "true or false",
     types.NoneType: "null",
 }
+
+
+def _describe(wanted: Any) -> str:
+    """A type in words."""
+    words = []
+    for option in _options(wanted):
+        if _literals(option):
+            words += [str(choice) for choice in _literals(option)]
+        elif typing.get_origin(option) is tuple:
+            parts = [part for part in typing.get_args(option) if part is not ...]
+            words.append(f"a list of {' and '.join(map(_describe, parts))}")
+        else:
+            words.append(_TYPES.get(option, getattr(option, "__name__", str(option))))
+    return " or ".join(words)
 
 
 def _unknown(key: Any, value: Any, where: str, cls: type, classes: list[type]) -> str:

@@ -351,12 +351,8 @@ def test_speed_leaves_out_what_was_not_training():
         ("cpu", None),
     ],
 )
-def test_the_peak_of_a_mesh_is_that_of_its_devices_together(kind, peak):
-    class Device:
-        device_kind = kind
-
-    devices = np.array([[Device(), Device()]])
-    assert metrics.peak_flops(devices) == (peak and 2 * peak)
+def test_the_peak_of_a_device_is_known_by_its_name(kind, peak):
+    assert metrics.peak_flops(kind) == peak
 
 
 @pytest.mark.parametrize(

@@ -160,12 +160,14 @@ class Run:
         self._compile_seconds = clock() - start
         rows, width = self._batch.tokens.shape
         self._tokens = rows * (width - 1)
+        devices = self._state.step.sharding.mesh.devices
+        peak = metrics.peak_flops(devices.flat[0].device_kind)
         self._meter = metrics.Meter(
             clock,
             tokens=self._tokens,
             # A backward pass costs two forward ones.
             flops=3 * self._tokens * experiment.model.flops_per_token(width - 1),
-            peak=metrics.peak_flops(self._state.step.sharding.mesh.devices),
+            peak=peak and peak * devices.size,
         )
         self._report = metrics.Report(
             self.folder,

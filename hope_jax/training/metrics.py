@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorboardX
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -42,17 +41,16 @@ figures without sparsity, where the sheet does not say PCIe), and the GeForce wh
 """
 
 
-def peak_flops(devices: np.ndarray) -> float | None:
-    """The most that devices of one kind can do in bfloat16, whatever the model computes in.
+def peak_flops(kind: str) -> float | None:
+    """The most that a device can do in bfloat16, whatever the model computes in.
 
     Args:
-      devices: Of a mesh.
+      kind: The device's name, `jax.Device.device_kind`.
 
     Returns:
-      FLOP/s of all together; None if the kind is not in `PEAKS`, as a CPU's.
+      FLOP/s; None for one that is not in `PEAKS`, as a CPU.
     """
-    kind = devices.flat[0].device_kind
-    return next((peak * devices.size for name, peak in PEAKS.items() if name in kind), None)
+    return next((peak for name, peak in PEAKS.items() if name in kind), None)
 
 
 class Meter:

@@ -1,0 +1,111 @@
+"""The command line: python -m hope_jax COMMAND ...; --help lists the commands."""
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+
+SCRIPTS = {
+    "train": "train what a config describes, or go on with it: CONFIG [key=value ...]",
+    "eval": "ask a trained run: RUN perplexity|sample [key=value ...]",
+}
+"""Commands that are files beside the package."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a command; returns the exit status."""
+    if arguments and arguments[0] in SCRIPTS:
+        return script(*arguments)
+    given = parser().parse_args(arguments)
+    if given.run is doctor:
+        return doctor(given)  # imports little, as it is asked when something is wrong
+    from hope_jax.config import ConfigError
+
+    try:
+        return given.run(given)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line may be."""
+    whole = argparse.ArgumentParser(
+        prog="python -m hope_jax", description="Nested Learning in JAX."
+    )
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+    for name, about in SCRIPTS.items():
+        commands.add_parser(name, help=about)
+    about = "print devices, versions, kernels, and what is wrong with the set-up"
+    commands.add_parser("doctor", help=about, description=about).set_defaults(run=doctor)
+    about = "print every setting of a config: its type or choices, and its default"
+    commands.add_parser("settings", help=about, description=about).set_defaults(run=settings)
+    about = "print how large the models of configs are, without making them: CONFIG ..."
+    sizes = commands.add_parser("sizes", help=about, description=about)
+    sizes.set_defaults(run=print_sizes)
+    sizes.add_argument("configs", metavar="CONFIG", nargs="+")
+    about = "learn the tokenizer of a config, or find it: CONFIG FOLDER [key=value ...]"
+    tokenizer = commands.add_parser("tokenizer", help=about, description=about)
+    tokenizer.set_defaults(run=make_tokenizer)
+    tokenizer.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    tokenizer.add_argument("folder", metavar="FOLDER", help="where the tokenizer goes")
+    tokenizer.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    return whole
+
+
+def script(name: str, *arguments: str) -> int:
+    """Runs a file of the checkout as if it had been called itself."""
+    path = Path(__file__).parents[1] / f"{name}.py"
+    if not path.exists():
+        print(f"error: {path} is missing: call it from a checkout of hope_jax", file=sys.stderr)
+        return 2
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+    return 0
+
+
+def doctor(_: argparse.Namespace) -> int:
+    """Prints what there is; returns 1 if something is wrong."""
+    from hope_jax.doctor import examine
+
+    there, wrong = examine()
+    print("\n".join(there))
+    print("\n".join(f"wrong: {line}" for line in wrong) or "nothing is wrong with the set-up")
+    return 1 if wrong else 0
+
+
+def settings(_: argparse.Namespace) -> int:
+    """Prints all settings."""
+    from hope_jax import config
+
+    print("\n".join(config.settings(config.Experiment)))
+    return 0
+
+
+def print_sizes(given: argparse.Namespace) -> int:
+    """Prints a line for each config."""
+    from hope_jax import config
+
+    print(f"{'config':32} {'parameters':>15} {'FLOPs a token':>15} {'window':>8}")
+    for path in given.configs:
+        experiment = config.load(path)
+        model, window = experiment.model, experiment.data.window
+        flops = model.flops_per_token(window)
+        print(f"{path:32} {model.parameters():15,} {flops:15,.0f} {window:8,}")
+    return 0
+
+
+def make_tokenizer(given: argparse.Namespace) -> int:
+    """Writes the tokenizer into a folder."""
+    from hope_jax import config
+
+    experiment = config.load(given.config, given.overrides)
+    with config.blame("data"):
+        tokenizer = experiment.data.build_tokenizer()
+        tokenizer.save(given.folder)
+    print(f"{tokenizer.vocabulary} ids ({tokenizer.fingerprint}), written to {given.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

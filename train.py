@@ -1,0 +1,51 @@
+"""Trains what a config describes: python train.py CONFIG [dotted.key=value ...]."""
+
+import argparse
+import sys
+from functools import partial
+
+from hope_jax import config, doctor, sharding
+from hope_jax.data import load_tokenizer
+from hope_jax.evaluation import Sample
+from hope_jax.optimizers import describe
+from hope_jax.training import loop
+from hope_jax.training.checkpoint import CheckpointError, OtherModelError, steps
+from hope_jax.training.step import outline
+
+ERRORS = config.ConfigError, CheckpointError, OtherModelError, loop.DivergedError
+
+
+def main(path: str, *overrides: str):
+    """Begins a run, or goes on with it where its folder has a checkpoint."""
+    experiment = config.load(path, overrides)
+    folder = config.claim(experiment)
+    training = experiment.training
+    with config.blame("mesh"):
+        mesh = experiment.mesh.build()
+    with sharding.use(mesh):
+        with config.blame("data"):
+            known = load_tokenizer(folder) if steps(folder / "checkpoints") else None
+            data = experiment.data.build(tokenizer=known)
+        data.tokenizer.save(folder)
+        model = outline(partial(experiment.model.build, seed=experiment.seed))
+        optimizer = experiment.optimizer.build(training.steps, describe(model.variables))
+        writer = Sample(prompt=training.prompt, max_tokens=max(training.sample_tokens, 1))
+        sample = partial(writer.text, tokenizer=data.tokenizer) if training.sample_tokens else None
+        about = doctor.versions()
+        summary = loop.run(experiment, model, optimizer, data, sample=sample, about=about)
+    state = "finished" if summary["finished"] else "stopped, the same command goes on"
+    print(f"{state} after step {summary['steps']}; the run lies in {folder}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Settings and their defaults: python -m hope_jax settings"
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    given = parser.parse_args()
+    try:
+        main(given.config, *given.overrides)
+    except ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, config.ConfigError) else 1)
