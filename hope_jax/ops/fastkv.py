@@ -155,33 +155,31 @@ def _reference(q, k, v, retain, write, state, starts, rule, chunk):  # noqa: ARG
 
 
 def _chunked(*call):
-    """In chunks; what each does to the state is computed for all at once, then applied in turn.
+    """Chunk after chunk, the tokens of one in parallel.
 
-    See `_in_chunks`. T / C steps in sequence, each a product of the state with a K x K matrix
-    (2 V K^2 FLOPs, or V K where nothing is erased).
+    A token and head cost about 4 C K + 4 C V + 4 V K FLOPs where nothing is erased; an erasing rule
+    adds C^2 + 2 C K + 2 C V + 2 V K. T / C sequential steps of some ten kernels, whose C x C, C x K
+    and V x K float32 arrays pass through memory.
     """
     return _in_chunks(_one_by_one, *call)
 
 
 def _associative(*call):
-    """In chunks, whose effects are composed in a tree: log2(T / C) steps in sequence.
+    """All chunks in parallel, but for a tree of log2(T / C) steps.
 
-    See `_in_chunks`. About 4 (V + K) K^2 FLOPs a chunk for the tree (2 V K where nothing is
-    erased) against 2 V K^2 in turn, and memory for twice as many states.
+    A chunk maps the state M at its start to `M A + B`, A and B known without M. Composing
+    neighbours, (A, B) then (C, D) is (A C, B C + D), finds the state at the start of every chunk;
+    then all tokens are read at once. Where nothing is erased A is a number. Keys for which the
+    rule contracts keep every product of As within 1, so the tree rounds no worse than the chain.
+
+    A token and head cost what they do in chunks; an erasing rule adds 4 K (K + V) for A and B and
+    4 K^2 (K + V) / C for the tree. A, B and state of all chunks exist at once, in float32.
     """
-    return _in_chunks(_as_a_tree, *call)
+    return _in_chunks(_in_a_tree, *call)
 
 
-def _in_chunks(states_of, q, k, v, retain, write, state, starts, rule, chunk):
-    """Runs a form in which the tokens of a chunk are parallel, and the chunks but for their states.
-
-    A chunk maps the state M at its start to `M A + B`, A and B known without M. `states_of` finds
-    the state at the start of every chunk from these; then all tokens are read at once.
-
-    A token and head cost about 4 C K + 4 C V + 4 V K FLOPs where nothing is erased; an erasing rule
-    adds C^2 + 2 C (V + 2 K) + 2 K (V + 2 K). All intermediates pass through memory: some ten C x C
-    and three K x (V + K) float32 arrays a chunk.
-    """
+def _in_chunks(through, q, k, v, retain, write, state, starts, rule, chunk):
+    """Cuts the call into chunks, factors all of them, and goes `through` them for y and state."""
     _, retains_first, erases = RULES[rule]
     time = q.shape[1]
     count = max(1, -(-time // chunk))
@@ -190,70 +188,64 @@ def _in_chunks(states_of, q, k, v, retain, write, state, starts, rule, chunk):
     retain = _split(retain, count, padding, fill=1)
     if starts is not None:
         starts = _split(starts[..., None], count, padding)
-    by_value = erases == "value"
-    keys, values = (v, k) if by_value else (k, v)
-    state = jnp.swapaxes(state, -1, -2) if by_value else state
+    keys, values, look = (v, k, read_transposed) if erases == "value" else (k, v, read)
 
     erase = None if erases == "nothing" else retain * write if retains_first else write
     steps = factor(keys, retain, erase, starts=starts)
-    writes = write[..., None] * values
-    decay, gain, recall = _effects(steps, writes)
-    states, state = states_of(decay, gain, state)
-    recalled = None if recall is None else recall(states)
-    path = Path(states, writes, None, None, recalled)
-    y = (read_transposed if by_value else read)(steps, path, q, own=True)
+    state = jnp.swapaxes(state, -1, -2) if erases == "value" else state
+    y, state = through(look, steps, write[..., None] * values, q, state)
+    state = jnp.swapaxes(state, -1, -2) if erases == "value" else state
     y = jnp.moveaxis(y, (0, 3), (1, 2)).reshape(y.shape[1], -1, y.shape[2], y.shape[4])
-    return y[:, :time], jnp.swapaxes(state, -1, -2) if by_value else state
+    return y[:, :time], state
 
 
-def _effects(steps, writes):
-    """What a chunk does to the state at its start, M -> M A + B.
+def _one_by_one(look, steps, writes, q, state):
+    def step(state, chunk):
+        steps, writes, q = chunk
+        path = follow(steps, state, writes)
+        return advance(steps, path)[0], look(steps, path, q, own=True)
 
-    It is what the chunk does to the identity without writes, and to zero with them.
-
-    Returns:
-      A (a scalar where nothing is erased), B, and what recalls for the keys given that state (None
-      where nothing is erased).
-    """
-    *batch, values = writes[..., 0, :].shape
-    width = steps.keys.shape[-1]
-    if steps.erase is None:
-        nothing = jnp.zeros((*batch, values, width), writes.dtype)
-        gain, _ = advance(steps, follow(steps, nothing, writes))
-        return steps.after.carry[..., -1, None, None], gain, None
-    probe = jnp.eye(width + values, width, dtype=writes.dtype)
-    probe = jnp.broadcast_to(probe, (*batch, *probe.shape))
-    pushes = jnp.pad(writes, [(0, 0)] * (writes.ndim - 1) + [(width, 0)])
-    path = follow(steps, probe, pushes)
-    end, _ = advance(steps, path)
-
-    def recall(state):
-        inherited = jnp.einsum("...VK,...CK->...CV", state, path.recalled[..., :width])
-        return inherited + path.recalled[..., width:]
-
-    return end[..., :width, :], end[..., width:, :], recall
+    state, y = jax.lax.scan(step, state, (steps, writes, q))
+    return y, state
 
 
-def _one_by_one(decay, gain, state):
-    """Returns the state at the start of every chunk, and after the last."""
-
-    def step(state, effect):
-        decay, gain = effect
-        return _decayed(state, decay) + gain, state
-
-    state, states = jax.lax.scan(step, state, (decay, gain))
-    return states, state
-
-
-def _as_a_tree(decay, gain, state):
-    """The same as `_one_by_one`, composing neighbours: (A, B) then (C, D) is (A C, B C + D)."""
+def _in_a_tree(look, steps, writes, q, state):
+    decay, gain, recalls = _effects(steps, writes)
 
     def then(early, late):
         return _decayed(early[0], late[0]), _decayed(early[1], late[0]) + late[1]
 
     gain = gain.at[0].add(_decayed(state, decay[0]))
-    _, states = jax.lax.associative_scan(then, (decay, gain))
-    return jnp.concatenate([state[None], states[:-1]]), states[-1]
+    _, ends = jax.lax.associative_scan(then, (decay, gain))
+    states = jnp.concatenate([state[None], ends[:-1]])
+    recalled = None
+    if recalls is not None:
+        inherited, own = recalls
+        recalled = jnp.einsum("...VK,...CK->...CV", states, inherited) + own
+    return look(steps, Path(states, writes, None, None, recalled), q, own=True), ends[-1]
+
+
+def _effects(steps, writes):
+    """What a chunk does to the state at its start, M -> M A + B.
+
+    It is what the chunk does to the identity without writes, and to zero with them: both go
+    through the chunk as one memory of K + V rows.
+
+    Returns:
+      A (a number where nothing is erased), B, and (P, R) such that the tokens recall M P + R for
+      their own keys (None where nothing is erased).
+    """
+    batch, values, width = writes.shape[:-2], writes.shape[-1], steps.keys.shape[-1]
+    if steps.erase is None:
+        nothing = jnp.zeros((*batch, values, width), writes.dtype)
+        gain, _ = advance(steps, follow(steps, nothing, writes))
+        return steps.after.carry[..., -1, None, None], gain, None
+    rows = jnp.eye(width + values, width, dtype=writes.dtype)
+    pushes = jnp.pad(writes, [(0, 0)] * (writes.ndim - 1) + [(width, 0)])
+    path = follow(steps, jnp.broadcast_to(rows, (*batch, *rows.shape)), pushes)
+    ends, _ = advance(steps, path)
+    recalls = path.recalled[..., :width], path.recalled[..., width:]
+    return ends[..., :width, :], ends[..., width:, :], recalls
 
 
 def _decayed(state, decay):
