@@ -2,8 +2,10 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,8 @@ _log = logging.getLogger(__name__)
 _SEAL = "sizes.json"
 """Written into a complete checkpoint: what is shorter than that was damaged later."""
 
-_policies = ocp.training.preservation_policies
+_DELETED = ".deleted"
+"""Ends the name of what is being deleted, so that a crash leaves no half of a checkpoint."""
 
 
 class CheckpointError(RuntimeError):
@@ -45,7 +48,7 @@ class Checkpoints:
     """The checkpoints of one run, `folder/STEP` each: the last few and the best one."""
 
     def __init__(self, folder: Path, *, keep: int):
-        """Reads what there is; nothing is made before the first `save`.
+        """Changes nothing yet.
 
         Args:
           folder: Theirs alone.
@@ -53,7 +56,7 @@ class Checkpoints:
         """
         self.folder = folder.absolute()
         self._keep = keep
-        self._manager: ocp.training.Checkpointer | None = None
+        self._saving: ocp.AsyncResponse[None] | None = None
 
     def restore(self, state: TrainState) -> Restored | None:
         """Reads the newest complete checkpoint, before the first `save`.
@@ -71,6 +74,7 @@ class Checkpoints:
           CheckpointError: There are checkpoints and none can be read.
           OtherModelError: The newest is another model's.
         """
+        self._sweep()
         broken: dict[Path, str] = {}
         found = None
         for path in reversed(steps(self.folder)):
@@ -96,16 +100,12 @@ class Checkpoints:
         Raises:
           CheckpointError: This or the save before it could not be written.
         """
-        step = int(state.step)
         with self._reporting():
-            manager = self._open()
-            manager.wait()
-            self._seal()
-            manager.save_checkpointables_async(
-                step,
+            self._finish()
+            self._saving = ocp.save_checkpointables_async(
+                self.folder / str(int(state.step)),
                 {"params": state.params, "training": state._replace(params=None)._asdict()},
-                custom_metadata=about,
-                metrics=None if loss is None else {"loss": loss},
+                custom_metadata={**about, "loss": loss},
             )
 
     def close(self):
@@ -114,11 +114,8 @@ class Checkpoints:
         Raises:
           CheckpointError: The last save could not be written.
         """
-        if self._manager is not None:
-            manager, self._manager = self._manager, None
-            with self._reporting():
-                manager.close()
-                self._seal()
+        with self._reporting():
+            self._finish()
 
     def last_good(self) -> Path | None:
         """The newest checkpoint whose last step was finite."""
@@ -127,32 +124,26 @@ class Checkpoints:
                 return path
         return None
 
-    def _open(self) -> ocp.training.Checkpointer:
-        if self._manager is None:
-            self._manager = ocp.training.Checkpointer(
-                self.folder,
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=_policies.AnyPreservationPolicy(
-                    [
-                        _policies.LatestN(self._keep),
-                        _policies.BestN(
-                            n=1,
-                            get_metric_fn=lambda metrics: -metrics["loss"],
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                cleanup_tmp_directories=True,
-            )
-        return self._manager
+    def _finish(self):
+        """Waits for the save under way, notes how large its files are, and deletes older ones."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        saving.result()
+        complete = steps(self.folder)
+        if not (complete[-1] / _SEAL).exists():
+            beside = complete[-1] / f"{_SEAL}.tmp"
+            beside.write_text(json.dumps(_sizes(complete[-1])), "utf-8")
+            beside.replace(complete[-1] / _SEAL)
+        for path in set(complete[: -self._keep]) - {_best(complete)}:
+            path.rename(path.with_name(f"{path.name}{_DELETED}"))
+        self._sweep()
 
-    def _seal(self):
-        """Notes the size of every file of the checkpoints that were completed."""
-        for path in steps(self.folder):
-            if not (path / _SEAL).exists():
-                beside = path / f"{_SEAL}.tmp"
-                beside.write_text(json.dumps(_sizes(path)), "utf-8")
-                beside.replace(path / _SEAL)
+    def _sweep(self):
+        """Deletes what a save or a deletion left that was not finished."""
+        for pattern in (f"*{_DELETED}", "*.orbax-checkpoint-tmp*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -179,15 +170,10 @@ def best(folder: Path) -> Path:
     Raises:
       CheckpointError: None was saved after a validation.
     """
-    losses = {}
-    for path in steps(folder):
-        metrics = path / "metrics" / "metrics"
-        if metrics.exists():
-            with _reading(path):
-                losses[json.loads(metrics.read_text("utf-8"))["loss"]] = path
-    if not losses:
+    found = _best(steps(folder))
+    if found is None:
         raise CheckpointError(f"no checkpoint in {folder} has a validation loss")
-    return losses[min(losses)]
+    return found
 
 
 def restore_params(run: Path, params: Params) -> tuple[Params, Path]:
@@ -226,9 +212,6 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         sizes = json.loads((path / _SEAL).read_text("utf-8")) if (path / _SEAL).exists() else {}
         about = json.loads((path / "_CHECKPOINT_METADATA").read_text("utf-8"))["custom_metadata"]
-        metrics = path / "metrics" / "metrics"
-        if metrics.exists():
-            json.loads(metrics.read_text("utf-8"))
         found = _sizes(path)
         for name, size in sizes.items():
             if found.get(name) != size:
@@ -266,6 +249,17 @@ def _compare(path: Path, params: Params):
             f"checkpoint {path} is another model's: {name} is {found.get(name, 'absent')} there "
             f"and {wanted.get(name, 'absent')} here{more}"
         )
+
+
+def _best(checkpoints: list[Path]) -> Path | None:
+    """The one with the least validation loss; the older one of equals."""
+    losses = {}
+    for path in checkpoints:
+        with suppress(CheckpointError):
+            loss = read_about(path)["loss"]
+            if loss is not None and isfinite(loss):
+                losses[path] = loss
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def _sizes(path: Path) -> dict[str, int]:
