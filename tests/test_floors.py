@@ -87,7 +87,7 @@ def test_imports_point_down_and_out_where_they_may(file):
 
 
 def test_the_face_is_light():
-    heavy = "grain orbax sentencepiece datasets matplotlib tensorboardX".split()
+    heavy = ["grain", "orbax", "sentencepiece", "datasets", "matplotlib", "tensorboardX"]
     program = f"import hope_jax, sys; print(*(name for name in {heavy} if name in sys.modules))"
     said = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
