@@ -109,6 +109,19 @@ def test_hashes_of_settled_files_are_remembered(corpus, tmp_path, monkeypatch):
     cache.tokenized(corpus, SHARES, Bytes(), folder=folder)
 
 
+def test_a_file_written_a_moment_ago_is_hashed_again(corpus, tmp_path, monkeypatch):
+    hashed, digest = [], cache.hashlib.file_digest
+
+    def watched(*arguments):
+        hashed.append(arguments)
+        return digest(*arguments)
+
+    monkeypatch.setattr(cache.hashlib, "file_digest", watched)
+    for _ in range(2):
+        cache.tokenized(corpus, SHARES, Bytes(), folder=tmp_path / "cache")
+    assert len(hashed) == 2
+
+
 @pytest.mark.parametrize(
     "change",
     [

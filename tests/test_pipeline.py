@@ -245,7 +245,7 @@ def test_a_mixture_reads_its_parts_by_weight(make, tmp_path):
         path = tmp_path / name
         path.write_text(f"{name}\n" * 500)
         parts.append(PartConfig(source=TextConfig(train=str(path)), weight=weight))
-    split = SplitConfig(valid=0.1, test=0, by="position")
+    split = SplitConfig(valid=0.1, test=0.0, by="position")
     data = make(source=MixtureConfig(parts=tuple(parts)), split=split).build()
     counts = {"a": 0, "b": 0}
     for tokens, *_ in _take(data.train(), 50):
@@ -271,7 +271,7 @@ def test_info_measures_the_text(make, tmp_path):
     text = "Zwölf  Boxkämpfer\njagen Viktor\n"
     path = tmp_path / "a.txt"
     path.write_text(text)
-    data = make(source=TextConfig(train=str(path)), split=SplitConfig(valid=0, test=0)).build()
+    data = make(source=TextConfig(train=str(path)), split=SplitConfig(valid=0.0, test=0.0)).build()
     size = len(text.encode())
     assert data.info("train") == (size + 1, 1, size, 4)
     assert data.splits == ("train",)
@@ -315,7 +315,7 @@ def test_an_empty_corpus_is_refused(make, tmp_path, text):
 def test_a_corpus_shorter_than_a_window_is_refused(make, tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("x" * 16)
-    settings = {"source": TextConfig(train=str(path)), "split": SplitConfig(valid=0, test=0)}
+    settings = {"source": TextConfig(train=str(path)), "split": SplitConfig(valid=0.0, test=0.0)}
     with pytest.raises(ValueError, match=r"must hold a window of 18 tokens .*, got 17 tokens"):
         make(window=17, **settings).build()
     assert len(_take(make(window=16, **settings).build().train(), 2)) == 2

@@ -1,7 +1,8 @@
 """Streams of tokens, and the windows of T+1 that are cut from them."""
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -37,6 +38,7 @@ class SplitInfo(NamedTuple):
     words: int
 
 
+@runtime_checkable
 class Stream(Protocol):
     """The documents of a split, one after another, each behind its `bos`.
 
@@ -60,7 +62,7 @@ class Chain:
 
     def __init__(self, streams: Sequence[Stream]):
         self._streams = streams
-        self._ends = np.cumsum([stream.info.tokens for stream in streams])
+        self._ends = list(itertools.accumulate(stream.info.tokens for stream in streams))
         self.info = SplitInfo(*np.sum([stream.info for stream in streams], axis=0).tolist())
 
     def read(self, start: int, stop: int) -> Piece:

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -378,6 +378,7 @@ class Batches:
         self._finalizer()
 
 
+@runtime_checkable
 class Pieces(Protocol):
     """What this process reads of each batch, in order."""
 

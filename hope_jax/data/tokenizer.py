@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -21,6 +21,7 @@ _SPACE_MARK = "\u2581"
 """What SentencePiece writes for a space, so that the character itself has to go as bytes."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the project knows of a tokenizer.
 
