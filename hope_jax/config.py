@@ -259,8 +259,8 @@ def _parse_leaf(wanted: Any, value: Any, where: str) -> Any:
 
 
 _TYPES = {
-    int: "whole number",
-    float: "number",
+    int: "a whole number",
+    float: "a number",
     str: "text",
     bool: "true or false",
     types.NoneType: "null",
@@ -273,12 +273,14 @@ def _describe(wanted: Any) -> str:
     for option in _options(wanted):
         if _literals(option):
             words += [str(choice) for choice in _literals(option)]
+        elif is_dataclass(option):
+            words.append("a mapping of settings")
         elif typing.get_origin(option) is tuple:
             parts = [part for part in typing.get_args(option) if part is not ...]
             words.append(f"a list of {' and '.join(map(_describe, parts))}")
         else:
             words.append(_TYPES.get(option, getattr(option, "__name__", str(option))))
-    return " or ".join(words)
+    return " or ".join(dict.fromkeys(words))
 
 
 def _unknown(key: Any, value: Any, where: str, cls: type, classes: list[type]) -> str:
