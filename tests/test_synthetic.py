@@ -92,7 +92,7 @@ def test_a_batch_scores_the_answers_of_whole_episodes(tmp_path):
 
 def test_held_out_episodes_are_scored_once(tmp_path):
     data = _data(tmp_path, batch=7).build()
-    for batches in (data.valid("valid"), data.stream("test")):
+    for batches in (data.valid("valid"), data.valid("test")):
         assert sum(float(batch.weights.sum()) for batch in batches) == 40 * RECALL.keys
 
 

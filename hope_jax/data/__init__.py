@@ -1,6 +1,6 @@
 """Corpora, tokenizers and batches: all that lies between a text file and the device.
 
-`DataConfig.build` gives a `Data`, whose `train`, `valid` and `stream` give batches.
+`DataConfig.build` gives a `Data`, whose `train` and `valid` give batches.
 """
 
 from hope_jax.data.pipeline import Batches, Data, DataConfig

@@ -172,6 +172,17 @@ class Data:
         """Returns how much a split holds, all sources of a mixture together."""
         return self.documents(split).info
 
+    def documents(self, split: str) -> Stream:
+        """Returns a split as it lies, the sources of a mixture one after the other.
+
+        Raises:
+          ValueError: There is no such split.
+        """
+        streams = [part[split] for part in self._streams if split in part]
+        if not streams:
+            raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
+        return Chain(streams)
+
     def train(self, start_step: int = 0) -> "Batches":
         """Reads shuffled windows without end, each source once before any of it comes again.
 
@@ -203,71 +214,28 @@ class Data:
             )
         return Batches(iter(pieces), self._placement, ahead=config.prefetch)
 
-    def valid(
-        self, split: str = "valid", *, batch: int | None = None, window: int | None = None
-    ) -> "Batches":
-        """Reads a split once, window after window, each with a fresh memory.
+    def valid(self, split: str = "valid") -> "Batches":
+        """Reads a split once, window after window, each with fresh memory.
 
-        Every token but the very first is a target once. What fills the last window and the
+        Every token but the very first is a target once. What fills up the last window and the
         last batch has weight 0.
 
         Args:
           split: One of `splits`.
-          batch: Rows of a batch; the config's by default.
-          window: Targets in a row; the config's by default.
         """
-        return self._evaluation(split, batch, window, in_lanes=False)
-
-    def stream(
-        self, split: str = "valid", *, batch: int | None = None, window: int | None = None
-    ) -> "Batches":
-        """Reads a split once, in lanes: each row goes on where it ended in the batch before.
-
-        The split is cut into as many stretches as a batch has rows, so a memory that is carried
-        from batch to batch is fresh once a stretch; `batch=1` reads the whole in one go. Every
-        token but the very first is a target once; what fills up the last stretch has weight 0.
-
-        Args:
-          split: One of `splits`.
-          batch: Rows of a batch; the config's by default.
-          window: Targets in a row; the config's by default.
-        """
-        return self._evaluation(split, batch, window, in_lanes=True)
-
-    def _evaluation(
-        self, split: str, batch: int | None, window: int | None, *, in_lanes: bool
-    ) -> "Batches":
-        stream = self.documents(split)
-        batch = self.config.batch if batch is None else batch
-        window = self.config.window if window is None else window
-        for name, value in (("batch", batch), ("window", window)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        placement = _place(batch, self._placement.mesh)
+        stream, window, batch = self.documents(split), self.config.window, self.config.batch
         windows = -(-(stream.info.tokens - 1) // window)
         steps = -(-windows // batch)
 
         def pieces() -> Generator[Piece, None, None]:
             for step in range(steps):
-                order = placement.rows * steps + step if in_lanes else step * batch + placement.rows
                 read = [
                     padded(stream, index * window, window=window, bos=self.tokenizer.bos)
-                    for index in order.tolist()
+                    for index in (step * batch + self._placement.rows).tolist()
                 ]
                 yield _stack(read, isolate=self.config.isolate_documents, weighted=True)
 
-        return Batches(pieces(), placement, ahead=self.config.prefetch, steps=steps)
-
-    def documents(self, split: str) -> Stream:
-        """Returns the documents of a split, those of a mixture's sources one after another.
-
-        Raises:
-          ValueError: There is no such split.
-        """
-        streams = [part[split] for part in self._streams if split in part]
-        if not streams:
-            raise ValueError(f"split must be one of {', '.join(self.splits)}, got {split!r}")
-        return Chain(streams)
+        return Batches(pieces(), self._placement, ahead=self.config.prefetch, steps=steps)
 
 
 class TrainingBatches:
