@@ -155,6 +155,9 @@ def settings(cls: type, where: str = "") -> Iterator[str]:
     hints = _hints(cls)
     for spec in fields(cls):
         name, options = _join(where, spec.name), _options(hints[spec.name])
+        element = _element(hints[spec.name])
+        if is_dataclass(element):
+            yield from settings(element, f"{name}.0")
         classes = [option for option in options if is_dataclass(option)]
         default = _default(spec)
         for option in classes:

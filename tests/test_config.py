@@ -143,7 +143,7 @@ def test_a_wrong_setting_is_named_in_one_line(small, override, says):
         ("model: {a: 1", "is no YAML: expected ',' or '}', but got '<stream end>' (line 1"),
         ("seed: 1\nseed: 2", "is no YAML: key seed stands twice (line 2, column 1)"),
         ("seed: 1", "model is missing"),
-        ("model: {width: 3}\ndata:", "model.mixer.kind is missing"),
+        ("model: {width: 3}", "model.mixer is missing"),
     ],
 )
 def test_a_file_that_is_none_is_named_in_one_line(tmp_path, text, says):
@@ -254,4 +254,5 @@ def test_every_setting_is_listed_with_its_choices_and_default():
     assert listed["seed"] == "a whole number = 0"
     assert listed["model.dtype"].startswith("float32 or bfloat16 = float32")
     assert listed["model.mixer[attention].heads"].startswith("a whole number")
+    assert listed["model.continuum.levels.0.hidden"].startswith("a whole number")
     assert listed["training.prompt"] == "text or null = null"
