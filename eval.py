@@ -38,7 +38,8 @@ def main(path: str, name: str, *overrides: str):
 
 def parse(name: str, overrides: Sequence[str]) -> tuple[Task, runs.Which]:
     """Reads the command line: what to ask, and of which checkpoint."""
-    task = TASKS[config.parse(Literal[*TASKS], name, "task")]
+    choice = Literal[tuple(TASKS)]  # pyrefly: ignore[invalid-literal]
+    task = TASKS[config.parse(choice, name, "task")]
     mine = [override for override in overrides if override.startswith("checkpoint=")]
     rest = [override for override in overrides if override not in mine]
     return config.arguments(task, rest), config.arguments(runs.Choice, mine).checkpoint
@@ -49,7 +50,7 @@ def usage() -> str:
     lines = ["checkpoint=latest|best|STEP goes with every task; tasks and their settings:"]
     for name, task in TASKS.items():
         defaults = [(f.name, "" if f.default is None else f.default) for f in fields(task)]
-        lines += [f"  {name}: {task.__doc__.splitlines()[0]}"]
+        lines += [f"  {name}: {(task.__doc__ or '').splitlines()[0]}"]
         lines += ["    " + " ".join(f"{key}={default}" for key, default in defaults)]
     return "\n".join(lines)
 

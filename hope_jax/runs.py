@@ -14,6 +14,7 @@ from hope_jax.data import Data, Tokenizer, load_tokenizer
 from hope_jax.data.packing import Stream
 from hope_jax.evaluation.score import whole_rows
 from hope_jax.evaluation.subject import Subject, TaskError
+from hope_jax.models.decoder import Decoder
 from hope_jax.training.checkpoint import best, read_about, restore_params, steps
 from hope_jax.training.step import abstract_params, outline
 
@@ -82,7 +83,7 @@ def mesh(experiment: Experiment) -> Mesh:
         return sharding.MeshConfig(data=1, fsdp=-1).build()
 
 
-def load(run: Run, which: Which = "latest") -> tuple[nnx.Module, Path]:
+def load(run: Run, which: Which = "latest") -> tuple[Decoder, Path]:
     """Loads a model; call it with a mesh in use.
 
     Args:
@@ -106,7 +107,7 @@ def load(run: Run, which: Which = "latest") -> tuple[nnx.Module, Path]:
     return nnx.merge(model.graphdef, params), checkpoint
 
 
-def subject(run: Run, model: nnx.Module) -> Subject:
+def subject(run: Run, model: Decoder) -> Subject:
     """Joins a model with its run; the data is read when a task first asks for it."""
     settings = run.experiment.data
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
+from hope_jax.models.decoder import Decoder
 from hope_jax.models.generate import Track, check_sampling, generate
 
 
@@ -55,7 +55,7 @@ class Sample:
             "tokens": sum(map(len, written)),
         }
 
-    def text(self, model: nnx.Module, tokenizer: Tokenizer) -> str:
+    def text(self, model: Decoder, tokenizer: Tokenizer) -> str:
         """Writes while a model is trained: the first text, prompt included."""
         prompt = self._prompt(tokenizer)
         return tokenizer.decode([*prompt, *self._write(model, tokenizer, prompt)[0]])
@@ -73,7 +73,7 @@ class Sample:
         return [tokenizer.bos, *tokens]
 
     def _write(
-        self, model: nnx.Module, tokenizer: Tokenizer, prompt: list[int], track: Track = iter
+        self, model: Decoder, tokenizer: Tokenizer, prompt: list[int], track: Track = iter
     ) -> list[list[int]]:
         return generate(
             model,

@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from hope_jax.data.packing import Stream, weigh
-from hope_jax.models.generate import Memory, Track
+from hope_jax.models.decoder import Decoder, Memory
+from hope_jax.models.generate import Track
 from hope_jax.ops.likelihood import next_token_loss
 from hope_jax.shapes import Batch
 from hope_jax.sharding import RULES, named
@@ -23,20 +24,20 @@ Row = range
 
 
 def score(
-    model: nnx.Module, batch: Batch, memory: Memory | None = None
+    model: Decoder, batch: Batch, memory: Memory | None = None
 ) -> tuple[Float[Array, "B T"], Memory]:
     """Scores what a model says about the next tokens, by the function that training descends.
 
     Args:
       model: The model.
-      batch: What it reads. Weights are not looked at.
+      batch: What it reads; it has no weights.
       memory: What earlier text left behind; its buffers are given away. None is fresh memory.
 
     Returns:
       The negative log-likelihood of `batch.tokens[:, 1:]` in nats, and the memory to go on with.
     """
     graphdef, params = nnx.split(model, nnx.Param)
-    return _score(graphdef, nnx.to_pure_dict(params), batch._replace(weights=None), memory)
+    return _score(graphdef, nnx.to_pure_dict(params), batch, memory)
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="memory")
@@ -59,7 +60,7 @@ class Total(NamedTuple):
 
 
 def total(
-    model: nnx.Module,
+    model: Decoder,
     stream: Stream,
     plan: Sequence[Sequence[Row]],
     *,
@@ -81,11 +82,11 @@ def total(
     width = max(len(row) for rows in plan for row in rows)
     pending = None
     for rows in track(plan):
-        batch = place(read(stream, rows, width=width, isolate=isolate))
-        losses, memory = score(model, batch, memory if carry else None)
+        tokens, starts, weights = place(read(stream, rows, width=width, isolate=isolate))
+        losses, memory = score(model, Batch(tokens, starts), memory if carry else None)
         if pending is not None:
             sums = _add(sums, pending)
-        pending = jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
+        pending = jnp.sum(losses * weights), jnp.sum(weights)
     return sums if pending is None else _add(sums, pending)
 
 
@@ -137,11 +138,11 @@ def whole_rows(rows: int) -> int:
     return -(-rows // pieces) * pieces
 
 
-def read(stream: Stream, rows: Sequence[Row], *, width: int, isolate: bool) -> Batch:
+def read(stream: Stream, rows: Sequence[Row], *, width: int, isolate: bool) -> tuple:
     """Reads a batch; what a row lacks of `width` counts nothing.
 
     Returns:
-      Arrays on the host, with weights.
+      The tokens, starts and weights of a `Batch`, on the host.
     """
     tokens = np.zeros((len(rows), width + 1), np.int32)
     starts = np.zeros((len(rows), width + 1), bool)
@@ -152,15 +153,15 @@ def read(stream: Stream, rows: Sequence[Row], *, width: int, isolate: bool) -> B
             tokens[i, : len(row) + 1] = piece.tokens
             starts[i, : len(row) + 1] = piece.starts & isolate
             weights[i, : len(row)] = weigh(piece)[1:]
-    return Batch(tokens, starts, weights)
+    return tokens, starts, weights
 
 
-def place(batch: Batch) -> Batch:
-    """Lays the rows of a batch over the mesh in use."""
+def place(arrays: tuple) -> tuple:
+    """Lays the rows of arrays over the mesh in use."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
-        return jax.tree.map(jnp.asarray, batch)
-    return jax.tree.map(lambda x: jax.device_put(x, named(("batch", None), x.shape, mesh)), batch)
+        return jax.tree.map(jnp.asarray, arrays)
+    return jax.tree.map(lambda x: jax.device_put(x, named(("batch", None), x.shape, mesh)), arrays)
 
 
 def _add(sums: Total, pending: tuple[Array, Array]) -> Total:

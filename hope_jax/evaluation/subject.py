@@ -1,15 +1,16 @@
 """What a task is, and what it is given to examine."""
 
 from collections.abc import Callable
+from dataclasses import Field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from hope_jax.data.packing import Stream
 from hope_jax.data.tokenizer import Tokenizer
+from hope_jax.models.decoder import Decoder
 from hope_jax.models.generate import Track
 
 Results = dict[str, int | float | str | list[str]]
@@ -32,7 +33,7 @@ class Subject(NamedTuple):
       track: Passes steps on and may show how many of them are done.
     """
 
-    model: nnx.Module
+    model: Decoder
     tokenizer: Tokenizer
     stream: Callable[[str], Stream]
     window: int
@@ -42,6 +43,8 @@ class Subject(NamedTuple):
 
 class Task(Protocol):
     """A question with its settings: a frozen dataclass of plain values, checked when it is made."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field]]
 
     def run(self, subject: Subject) -> Results:
         """Asks it.

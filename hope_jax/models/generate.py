@@ -15,16 +15,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from hope_jax.models.decoder import Decoder, Memory
 from hope_jax.shapes import Starts, Tokens
 
-Memory = Any
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 _NOTHING = -1
 
 
 def read(
-    model: nnx.Module,
+    model: Decoder,
     tokens: Tokens | np.ndarray,
     memory: Memory | None = None,
     starts: Starts | np.ndarray | None = None,
@@ -71,7 +71,7 @@ def read(
 
 
 def generate(
-    model: nnx.Module,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     key: Key[Array, ""] | Key[Array, " B"],
@@ -117,7 +117,7 @@ def generate(
       ValueError: A prompt without a token, a token outside the vocabulary, or an impossible
         setting.
     """
-    known = model.config.vocabulary
+    known = model.unembedding.shape[0]
     _check(prompts, known)
     check_sampling(max_tokens, temperature, top_k, top_p)
     if block < 1:
