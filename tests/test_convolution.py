@@ -82,7 +82,7 @@ def test_gradients_of_all_inputs_are_finite_differences(op, by_hand):  # noqa: A
 def test_any_split_of_the_stream_changes_nothing(op, by_hand):  # noqa: ARG001
     x, weights, memory, starts = map(jnp.asarray, random_call(op))
     whole, end = op(x, weights, memory, starts)
-    for cuts in ([4], [1, 2, 9], list(range(1, TIME))):
+    for cuts in ([4], [1, 9], list(range(1, TIME))):
         carried, parts = memory, []
         for part, begins in zip(jnp.split(x, cuts, 1), jnp.split(starts, cuts, 1), strict=True):
             y, carried = op(part, weights, carried, begins)
