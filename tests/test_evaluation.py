@@ -16,6 +16,7 @@ from hope_jax.evaluation import TASKS, Perplexity, Sample
 from hope_jax.evaluation.perplexity import Document, summary
 from hope_jax.evaluation.score import Total, lanes, total, whole_rows, windows
 from hope_jax.evaluation.subject import Subject, TaskError
+from hope_jax.models.generate import generate
 from hope_jax.training import step as training
 
 BOS = 16
@@ -233,6 +234,12 @@ def test_a_sample_without_prompt_begins_a_document():
     likeliest = logits_of(jnp.array([BOS]), jnp.array([True]))[0].argmax()
     assert sample.run(subject(None))["texts"][0].split()[0] == str(likeliest)
     assert sample.text(toy(), subject(None).tokenizer) == sample.run(subject(None))["texts"][0]
+
+
+def test_a_prompt_is_the_beginning_of_a_document_with_nothing_after_it():
+    results = Sample(prompt="3 1", max_tokens=8).run(subject(None))
+    (written,) = generate(toy(), [[BOS, 3, 1]], key=jax.random.key(0), max_tokens=8, stop=BOS)
+    assert results["texts"] == [" ".join(map(str, [3, 1, *written]))]
 
 
 def test_a_sample_counts_the_tokens_that_are_new(tmp_path):

@@ -198,10 +198,13 @@ def test_tokens_are_drawn_as_often_as_they_should_be(options, expected):
     np.testing.assert_allclose(frequencies(np.log(SHARES), **options), expected, atol=0.015)
 
 
-def test_equal_logits_keep_exactly_as_many_as_asked():
-    for kept, options in ((2, (2, 1.0)), (3, (7, 0.5)), (7, (7, 1.0))):
-        left = restrict(jnp.zeros((3, 7)), *options)
-        np.testing.assert_array_equal(jnp.isfinite(left).sum(-1), kept + (options[1] < 1))
+@pytest.mark.parametrize(
+    ("vocabulary", "top_k", "top_p", "kept"),
+    [(7, 2, 1.0, 2), (7, 7, 1.0, 7), (7, 7, 0.5, 4), (4, 4, 0.5, 2), (4, 2, 0.5, 1)],
+)
+def test_equal_logits_keep_exactly_as_many_as_asked(vocabulary, top_k, top_p, kept):
+    left = restrict(jnp.zeros((3, vocabulary)), top_k, top_p)
+    np.testing.assert_array_equal(jnp.isfinite(left).sum(-1), kept)
 
 
 @pytest.mark.parametrize(
