@@ -14,11 +14,10 @@ from hope_jax.modules.continuum import ContinuumConfig, ContinuumMemory
 from hope_jax.modules.layers import Embedding, RMSNorm
 from hope_jax.modules.memory import AssociativeConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
-from hope_jax.modules.titans import TitansConfig
 from hope_jax.shapes import Activations, Logits, Starts, Tokens
 from hope_jax.sharding import constrain
 
-MixerConfig = SelfModifyingTitansConfig | AttentionConfig | TitansConfig | AssociativeConfig
+MixerConfig = SelfModifyingTitansConfig | AttentionConfig | AssociativeConfig
 Memory = Any  # a pytree; each sequence layer has its own
 
 REMAT = {
@@ -73,7 +72,8 @@ class ModelConfig:
         """
         if self.vocabulary is None:
             raise ValueError("vocabulary must be set before a model can be built, got null")
-        return Decoder(self, key=jax.random.key(seed))
+        # Compiled, for hundreds of small arrays are made one after another.
+        return jax.jit(partial(Decoder, self))(key=jax.random.key(seed))
 
     def parameters(self) -> int:
         """Counts the parameters without allocating any."""
@@ -148,7 +148,12 @@ class Decoder(nnx.Module):
           memory: What an earlier call returned; None where nothing was read before.
           starts: True where a document begins. Nothing before it is seen after it.
         """
-        x = self.embedding(tokens, jnp.dtype(self.config.dtype))
+        return self.tower(self.embedding(tokens, jnp.dtype(self.config.dtype)), memory, starts)
+
+    def tower(
+        self, x: Activations, memory: Memory = None, starts: Starts | None = None
+    ) -> tuple[Activations, Memory]:
+        """`hidden` from the embedded tokens on."""
 
         @partial(jax.checkpoint, policy=REMAT[self.config.remat], prevent_cse=False)
         def layer(x, block_and_memory):

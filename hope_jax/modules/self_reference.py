@@ -128,8 +128,8 @@ class SelfModifyingTitans(nnx.Module):
         each = head_width(width, heads, config.head_width)
         frame, initial = jax.random.split(key)
         inputs = ("x", *(name for name in ("q", "k", "v") if name in config.frozen))
-        self.bias = {"eta": np.zeros(heads, np.float32), "alpha": retention_bias(heads)}
-        gates = {name: bias for name, bias in self.bias.items() if name in config.frozen}
+        bias = {"eta": np.zeros(heads, np.float32), "alpha": retention_bias(heads)}
+        gates = {name: bias for name, bias in bias.items() if name in config.frozen}
         if config.momentum:
             gates["beta"] = np.zeros(heads, np.float32)
         self.frame = Frame(
@@ -153,7 +153,7 @@ class SelfModifyingTitans(nnx.Module):
         )
         self.biases = nnx.Dict(
             {
-                name: parameter(jnp.asarray(self.bias[name]), ("heads",), "vector")
+                name: parameter(jnp.asarray(bias[name]), ("heads",), "vector")
                 for name in ("eta", "alpha")
                 if name in adaptive
             }
@@ -171,6 +171,10 @@ class SelfModifyingTitans(nnx.Module):
             )
             for one, shape in zip(jax.random.split(key, len(shapes)), shapes, strict=True)
         ]
+
+    def _bias(self, name: str) -> Float[Array, " H"]:
+        """The bias of an adaptive gate; a frozen one has it already."""
+        return self.biases[name][...] if name in self.biases else jnp.zeros(self.config.heads)
 
     def _initial(self) -> dict[str, tuple[Array, ...]]:
         return {name: tuple(m[...] for m in ms) for name, ms in self.initial.items()}
@@ -196,8 +200,8 @@ class SelfModifyingTitans(nnx.Module):
             eta=gates.get("eta"),
             alpha=gates.get("alpha"),
             beta=gates.get("beta"),
-            eta_bias=self.biases["eta"][...] if "eta" in self.biases else None,
-            alpha_bias=self.biases["alpha"][...] if "alpha" in self.biases else None,
+            eta_bias=self._bias("eta"),
+            alpha_bias=self._bias("alpha"),
         )
         y, fast = self_referential(
             inputs["x"],
