@@ -103,8 +103,8 @@ class Checkpoints:
         with self._reporting():
             self._finish()
             self._saving = ocp.save_checkpointables_async(
-                self.folder / str(int(state.step)),
-                {"params": state.params, "training": state._replace(params=None)._asdict()},
+                str(self.folder / str(int(state.step))),
+                {"params": state.params, "training": _rest(state)},
                 custom_metadata={**about, "loss": loss},
             )
 
@@ -224,22 +224,26 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, state: TrainState) -> TrainState:
     params = _load_params(path, state.params)
-    rest = state._replace(params=None)._asdict()
     with _reading(path):
-        rest = ocp.load_checkpointables(path, {"training": rest})["training"]
-    return TrainState(**{**rest, "params": params})
+        rest = ocp.load_checkpointables(str(path), {"training": _rest(state)})["training"]
+    return TrainState(params=params, **rest)
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """All but the parameters, which are kept apart so that they can be read alone."""
+    return {name: value for name, value in state._asdict().items() if name != "params"}
 
 
 def _load_params(path: Path, params: Params) -> Params:
     _compare(path, params)
     with _reading(path):
-        return ocp.load_checkpointables(path, {"params": params})["params"]
+        return ocp.load_checkpointables(str(path), {"params": params})["params"]
 
 
 def _compare(path: Path, params: Params):
     """Raises an error if the parameters have other names or shapes than the checkpoint's."""
     with _reading(path):
-        found = _shapes(ocp.checkpointables_metadata(path).metadata["params"])
+        found = _shapes(ocp.checkpointables_metadata(str(path)).metadata["params"])
     wanted = _shapes(params)
     different = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if different:

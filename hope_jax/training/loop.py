@@ -160,7 +160,7 @@ class Run:
         self._compile_seconds = clock() - start
         rows, width = self._batch.tokens.shape
         self._tokens = rows * (width - 1)
-        devices = self._state.step.sharding.mesh.devices
+        devices = jax.sharding.get_mesh().devices
         peak = metrics.peak_flops(devices.flat[0].device_kind)
         self._meter = metrics.Meter(
             clock,
@@ -202,8 +202,8 @@ class Run:
         """Nats per target of the validation split."""
         with closing(self._data.valid()) as batches:
             sums = [self._eval_step(self._state.params, batch) for batch in batches]
-        nats, targets = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        return float(nats / targets)
+        nats, targets = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
+        return nats / targets
 
     def is_sound(self) -> bool:
         """Whether the last step was finite: only then a checkpoint may push out an older one."""
@@ -228,18 +228,15 @@ class Run:
         self._settle_all()
         if self._saved == self.step:
             return
-        measured = self._loss is not None and self._loss[0] == self.step
+        at, loss = self._loss or (None, None)
+        about = {
+            "step": self.step,
+            "data": self._fingerprint(),
+            "streak": self._streak,
+            "config": asdict(self._experiment),
+        }
         with self._meter.pause():
-            self._checkpoints.save(
-                self._state,
-                {
-                    "step": self.step,
-                    "data": self._fingerprint(),
-                    "streak": self._streak,
-                    "config": asdict(self._experiment),
-                },
-                loss=self._loss[1] if measured else None,
-            )
+            self._checkpoints.save(self._state, about, loss=loss if at == self.step else None)
         self._saved = self.step
 
     def summarise(self, about: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +247,7 @@ class Run:
         train = [line for line in lines if line["split"] == "train"]
         valid = [line for line in lines if line["split"] == "valid" and line["loss"] is not None]
         best = min(valid, key=lambda line: line["loss"], default={})
-        mesh = self._state.step.sharding.mesh
+        mesh = jax.sharding.get_mesh()
         summary = {
             "name": self._experiment.name,
             "steps": self.step,
@@ -341,7 +338,9 @@ def interrupts() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may set handlers
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[int, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)
+    }
 
     def request(number: int, _: object):
         stop.set()

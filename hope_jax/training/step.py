@@ -91,8 +91,9 @@ def abstract_state(model: Outline, tx: optax.GradientTransformation) -> TrainSta
         # A slot's path ends with its parameter's, also where an optimizer has but some of them.
         ends = (by_path.get(path[start:]) for start in range(len(path)))
         param = next((end for end in ends if end is not None), None)
-        same = param is not None and param.shape == slot.shape
-        return lay(slot, param.sharding if same else everywhere)
+        if param is None or param.shape != slot.shape:
+            return lay(slot, everywhere)
+        return lay(slot, param.sharding)
 
     opt_state = jax.tree_util.tree_map_with_path(lay_slot, shapes.opt_state)
     state = jax.tree.map(lambda x: lay(x, everywhere), shapes._replace(params=(), opt_state=()))
@@ -240,7 +241,7 @@ def compile_train_step(
     Returns:
       A function of a state, which it donates, and a batch.
     """
-    everywhere = NamedSharding(state.step.sharding.mesh, PartitionSpec())
+    everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
         partial(train_step, graphdef, tx, accumulate),
