@@ -1,8 +1,8 @@
 """Self-referential memories: while they read, they make their own keys, values, gates, targets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +228,7 @@ def reference(
     dtype = _accumulation(x.dtype)
     initial, biases = _cast((initial, biases), dtype)
     if memory is None:
-        memory = fresh_memory(initial, x.shape[0], momentum=views.momentum is not None)
+        memory = _fresh(_per_row(initial, x.shape[0]), views.momentum is not None)
     if starts is None:
         starts = jnp.zeros(x.shape[:2], bool)
     one_head = partial(_token, setting)
@@ -349,9 +349,11 @@ def chunked(
     initial, biases = _cast((initial, biases), dtype)
     batch, time = x.shape[:2]
     size = setting.chunk_projections
+    # A copy per row keeps the gradient's sum over the batch out of the scan.
+    initial = _per_row(initial, batch)
     fresh = memory is None
     if fresh:
-        memory = fresh_memory(initial, batch, momentum=views.momentum is not None)
+        memory = _fresh(initial, views.momentum is not None)
     offset = 0 if fresh else memory.position % size
     count = -(-time // size) if fresh else -(-(time + size - 1) // size)
     whole = fresh and time % size == 0
@@ -363,17 +365,20 @@ def chunked(
     tokens = jax.tree.map(lambda array: _into_chunks(array, offset, count, size), tokens)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def chunk(state, momentum, held, inputs):
-        tokens, live = inputs
-        held = state if fresh else held
+    def chunk(state, momentum, inputs):
+        tokens, live, first = inputs
+        held = state
+        if not fresh:
+            held = jax.tree.map(partial(jnp.where, first), memory.held, state)
         return _chunk(setting, initial, biases, state, momentum, held, _cast(tokens, dtype), live)
 
     def body(carry, inputs):
-        state, momentum, held, y = chunk(*carry, inputs)
+        state, momentum, held, y = chunk(*carry[:2], inputs)
         return (state, momentum, None if whole else held), y
 
     carry = (memory.state, memory.momentum, None if whole else memory.held)
-    (state, momentum, held), y = jax.lax.scan(body, carry, (tokens, live))
+    inputs = (tokens, live, jnp.arange(count) == 0)
+    (state, momentum, held), y = jax.lax.scan(body, carry, inputs)
     y = _out_of_chunks(y, offset, time).astype(x.dtype)
     held = state if whole else held
     return y, SelfReferentialMemory(memory.position + time, state, momentum, held)
@@ -386,22 +391,22 @@ def _chunk(setting, initial, biases, state, momentum, held, tokens, live):
     """One chunk of the projections: reads, state, momentum and held after it.
 
     All of it is a function of the states at its start and of its tokens: `x [B, H, C, K]`, views
-    `[B, H, C, ...]`, starts `[B, 1, C]` or None, live `[1, 1, C]` or None.
+    `[B, H, C, ...]`, starts `[B, 1, C]` or None, live `[C]` or None.
     """
     x, views, starts = tokens
-    names = [name for name in initial if name != "memory"]
-    said = {}
-    if names:
-        opening = None if starts is None else jnp.cumsum(starts, -1) == 0
-        said, _ = _recall_held(_part(held, names), initial, opening, x)
+    opening = None if starts is None else jnp.cumsum(starts, -1) == 0
     views = _complete(
-        views, None if biases is None else [bias[:, None] for bias in biases], setting, said.get
+        views,
+        None if biases is None else tuple(bias[:, None] for bias in biases),
+        setting,
+        lambda name: _recall_held(name, held[name], initial[name], opening, x),
     )
     learn = partial(_learn, setting, initial)
     if setting.chunk_memory == setting.chunk_projections:
         state, momentum, y = learn(state, momentum, held, views, starts, live)
         return state, momentum, _next_held(initial, state, held, starts, live), y
 
+    names = [name for name in initial if name != "memory"]
     projections = [_part(tree, names) for tree in (state, momentum, held)]
     memory = [_part(tree, ["memory"]) for tree in (state, momentum, held)]
     state, momentum, _ = learn(*projections, views, starts, live)
@@ -436,142 +441,65 @@ class _Lesson(NamedTuple):
 
 
 def _learn(setting, initial, state, momentum, held, views, starts, live):
-    """Teaches the memories in `state` a chunk, and reads M_memory if it is one of them."""
+    """Teaches the memories in `state` a chunk, and reads M_memory if it is one of them.
+
+    Layers that share keys and step share a factor: all linear memories do, and so do the hidden
+    layers of all MLPs.
+    """
     opening = None if starts is None else jnp.cumsum(starts, -1) == 0
-    lessons = _lessons(setting, initial, held, opening, views)
-    after = {name: [None] * len(matrices) for name, matrices in state.items()}
-    momenta = {name: [None] * len(matrices) for name, matrices in state.items()}
-    paths = {}
-    for group in _layout(initial, state):
-        key, step = (jnp.stack([lessons[row[0]][part] for row in group]) for part in (0, 1))
-        errors = [jnp.concatenate([lessons[layer].error for layer in row], -1) for row in group]
-        damped = step if views.momentum is None else (1 - views.momentum) * step
-        steps = recurrence.factor(
-            key, views.retain, step if setting.dgd else None, views.momentum, starts, live,
-            anchor=setting.anchor,
-        )  # fmt: skip
-        path = recurrence.follow(
-            steps,
-            _join(state, group),
-            damped[..., None] * jnp.stack(errors),
-            None if momentum is None else _join(momentum, group),
-            _join(initial, group)[:, None],
-        )
-        end, end_momentum = recurrence.advance(steps, path)
-        for (name, layer), at, rows in _places(initial, group):
-            after[name][layer] = end[at, ..., rows, :]
-            if end_momentum is not None:
-                momenta[name][layer] = end_momentum[at, ..., rows, :]
-            if name == "memory":
-                paths[layer] = _part_of(steps, path, at, rows)
-    y = _read(setting, initial, held, opening, paths, views.query) if paths else None
-    after, momenta = ({name: tuple(tree[name]) for name in state} for tree in (after, momenta))
-    return after, None if momentum is None else momenta, y
+    shared, after, momenta = {}, {}, None if momentum is None else {}
+    for name in state:
+        lessons = _lessons(setting, name, initial[name], held[name], opening, views)
+        paths = []
+        for layer, lesson in enumerate(lessons):
+            own = (name,) if layer < len(lessons) - 1 else (len(lessons),)
+            if own not in shared:
+                shared[own] = recurrence.factor(
+                    lesson.key,
+                    views.retain,
+                    lesson.step if setting.dgd else None,
+                    views.momentum,
+                    starts,
+                    live,
+                    anchor=setting.anchor,
+                )
+            step = lesson.step if momentum is None else (1 - views.momentum) * lesson.step
+            path = recurrence.follow(
+                shared[own],
+                state[name][layer],
+                step[..., None] * lesson.error,
+                None if momentum is None else momentum[name][layer],
+                initial[name][layer],
+            )
+            paths.append((shared[own], path))
+        ends, end_momenta = zip(*(recurrence.advance(*path) for path in paths), strict=True)
+        after[name] = ends
+        if momenta is not None:
+            momenta[name] = end_momenta
+        if name == "memory":
+            y = _read(setting, initial[name], held[name], opening, paths, views.query)
+    return after, momenta, y if "memory" in state else None
 
 
-def _lessons(setting, initial, held, opening, views):
-    """Works out what the held states teach each layer: keyed by (name, layer)."""
+def _lessons(setting, name, initial, held, opening, views):
+    """Works out what a memory's held state teaches each of its layers."""
     constant = jax.lax.stop_gradient if setting.inner_gradient == "stop" else lambda tree: tree
-    recall = partial(_recall_held, held, initial, opening)
-    outputs, hidden = recall(views.key)
-    targets = dict.fromkeys(held, views.value)
-    if setting.targets == "self":
-        targets, _ = recall(views.value)
-    if setting.normalize_targets:
-        targets = {name: _normalize(name, target) for name, target in targets.items()}
-    errors = targets
-    if setting.objective == "l2":
-        errors = {name: targets[name] - outputs[name] for name in held}
-
+    recall = partial(_recall_held, name, held, initial, opening)
+    target = recall(views.value) if setting.targets == "self" else views.value
+    target = _normalize(name, target) if setting.normalize_targets else target
+    error = target if setting.objective == "dot" else target - recall(views.key)
     key = constant(views.key)
-    lessons = {
-        (name, 0): _Lesson(key, views.write, constant(errors[name]))
-        for name in held
-        if name not in hidden
-    }
-    for group in _layout(initial, hidden)[1:]:
-        names = [row[0][0] for row in group]
-        transposed = (
-            jnp.swapaxes(matrix, -1, -2)
-            for matrix in (_join(held, group), _join(initial, group)[:, None])
-        )
-        back = _product(*transposed, opening, jnp.stack([errors[name] for name in names]))
-        for name, slope in zip(names, back, strict=True):
-            inner, pull = jax.vjp(jax.nn.silu, hidden[name])
-            inner, slope, error = constant((inner, pull(slope)[0], errors[name]))
-            lessons[name, 0] = _Lesson(inner, _proximal(views.write, inner), error)
-            lessons[name, 1] = _Lesson(key, _proximal(views.write, key), slope)
-    return lessons
+    if len(held) == 1:
+        return [_Lesson(key, views.write, constant(error))]
 
-
-def _recall_held(held, initial, opening, x):
-    """Reads all memories in `held` with every token of a chunk.
-
-    Returns:
-      By name what each memory recalls, and what the MLPs' hidden layers say before the silu.
-    """
-    recalled, hidden = {}, {}
-    for group in _layout(initial, held):
-        inputs = x[None]
-        if group[0][0][0] in recalled:
-            hidden |= {row[0][0]: recalled[row[0][0]] for row in group}
-            inputs = jax.nn.silu(jnp.stack([recalled[row[0][0]] for row in group]))
-        y = _product(_join(held, group), _join(initial, group)[:, None], opening, inputs)
-        for (name, _), at, rows in _places(initial, group):
-            recalled[name] = y[at, ..., rows]
-    for name in hidden:
-        recalled[name] += 0 if name in GATES else x
-    return recalled, hidden
-
-
-def _layout(initial, names):
-    """Groups layers so that few products do for all of them.
-
-    Layers that read the same vector and take the same step are rows of one matrix: the linear
-    memories, and the hidden layers of MLPs. Output layers of MLPs have their own inputs; those of
-    one shape are stacked in front.
-
-    Returns:
-      Groups, each a stack of matrices, each of these a list of layers (name, index). Hidden layers
-      come before output layers.
-    """
-    linear = [(name, 0) for name in names if len(initial[name]) == 1]
-    hidden = [(name, 1) for name in names if len(initial[name]) == 2]
-    outputs = {}
-    for name, _ in hidden:
-        outputs.setdefault(initial[name][0].shape, []).append([(name, 0)])
-    return [group for group in ([linear], [hidden], *outputs.values()) if group[0]]
-
-
-def _join(matrices, group):
-    """Lays the layers of a group side by side: `[G, ..., rows, in]`."""
-    stack = [jnp.concatenate([matrices[name][i] for name, i in row], -2) for row in group]
-    return jnp.stack(stack)
-
-
-def _places(initial, group):
-    """Says where each layer of a group went: its matrix and its rows."""
-    places = []
-    for at, layers in enumerate(group):
-        end = 0
-        for name, layer in layers:
-            begin, end = end, end + initial[name][layer].shape[-2]
-            places.append(((name, layer), at, slice(begin, end)))
-    return places
-
-
-def _part_of(steps, path, at, rows):
-    """The factor and the way of some rows of one matrix of a group."""
-    state, writes, momentum, origin, recalled = path
-    path = recurrence.Path(
-        state[at, ..., rows, :],
-        writes[at, ..., rows],
-        None if momentum is None else momentum[at, ..., rows, :],
-        origin[at, ..., rows, :],
-        None if recalled is None else recalled[at, ..., rows],
-    )
-    erase = None if steps.erase is None else steps.erase[at]
-    return steps._replace(keys=steps.keys[at], erase=erase), path
+    inner, pull = jax.vjp(jax.nn.silu, _product(held[1], initial[1], opening, views.key))
+    transposed = (jnp.swapaxes(matrices[0], -1, -2) for matrices in (held, initial))
+    slope = pull(_product(*transposed, opening, error))[0]
+    inner, slope, error = constant((inner, slope, error))
+    return [
+        _Lesson(inner, _proximal(views.write, inner), error),
+        _Lesson(key, _proximal(views.write, key), slope),
+    ]
 
 
 def _proximal(write, key):
@@ -582,7 +510,7 @@ def _proximal(write, key):
 def _read(setting, initial, held, opening, paths, query):
     """Reads M_memory with every token's query, at the state that the setting names."""
     if setting.read == "chunk":
-        return _recall_held(_part(held, ["memory"]), initial, opening, query)[0]["memory"]
+        return _recall_held("memory", held["memory"], initial["memory"], opening, query)
     own = setting.read == "current"
     if len(paths) == 1:
         return recurrence.read(*paths[0], query, own=own)
@@ -590,12 +518,21 @@ def _read(setting, initial, held, opening, paths, query):
     return query + recurrence.read(*paths[0], inner, own=own)
 
 
+def _recall_held(name, held, initial, opening, x):
+    """Reads one memory's held state with every token of a chunk."""
+    if len(held) == 1:
+        return _product(held[0], initial[0], opening, x)
+    y = jax.nn.silu(_product(held[1], initial[1], opening, x))
+    y = _product(held[0], initial[0], opening, y)
+    return y if name in GATES else x + y
+
+
 def _product(held, initial, opening, x):
     """Multiplies each token by the held matrix, or by the initial one after a document start."""
-    y = jnp.einsum("GBHVK,GBHCK->GBHCV", held, x)
+    y = jnp.einsum("BHVK,BHCK->BHCV", held, x)
     if opening is None:
         return y
-    return jnp.where(opening[..., None], y, jnp.einsum("GBHVK,GBHCK->GBHCV", initial, x))
+    return jnp.where(opening[..., None], y, jnp.einsum("BHVK,BHCK->BHCV", initial, x))
 
 
 def _next_held(initial, state, held, starts, live):
@@ -612,10 +549,7 @@ def _next_held(initial, state, held, starts, live):
 
 
 def _complete(
-    views: Views,
-    biases: Sequence[Array] | None,
-    setting: Setting,
-    recall: Callable[[str], Any],
+    views: Views, biases: tuple, setting: Setting, recall: Callable[[str], Array]
 ) -> Views:
     """Lets adaptive memories say what the slow projections have not said."""
     key, value, query, write, retain, momentum = views
@@ -658,11 +592,14 @@ def _cast(tree, dtype):
     return jax.tree.map(lambda array: array if array.dtype == bool else array.astype(dtype), tree)
 
 
-def fresh_memory(initial: Matrices, batch: int, *, momentum: bool) -> SelfReferentialMemory:
+def _per_row(initial, batch):
+    return jax.tree.map(lambda matrix: jnp.broadcast_to(matrix, (batch, *matrix.shape)), initial)
+
+
+def _fresh(initial, with_momentum):
     """The memory before the first token."""
-    state = jax.tree.map(lambda m: jnp.broadcast_to(m, (batch, *m.shape)), initial)
-    momenta = jax.tree.map(jnp.zeros_like, state) if momentum else None
-    return SelfReferentialMemory(jnp.zeros((), jnp.int32), state, momenta, state)
+    momentum = jax.tree.map(jnp.zeros_like, initial) if with_momentum else None
+    return SelfReferentialMemory(jnp.zeros((), jnp.int32), initial, momentum, initial)
 
 
 def _chunk_of(name, setting):
