@@ -12,7 +12,7 @@ from hope_jax.training import loop
 from hope_jax.training.checkpoint import CheckpointError, OtherModelError, steps
 from hope_jax.training.step import outline
 
-ERRORS = config.ConfigError, CheckpointError, OtherModelError, loop.DivergedError
+ERRORS = config.ConfigError, CheckpointError, OtherModelError, loop.RunError
 
 
 def main(path: str, *overrides: str):

@@ -198,7 +198,7 @@ def test_a_few_steps_that_are_not_finite_are_left_out(tmp_path):
 
 
 def test_too_many_of_them_stop_the_run_at_a_checkpoint_before(tmp_path):
-    with pytest.raises(loop.DivergedError, match=r"steps 7 to 9; .*toy/checkpoints/6$"):
+    with pytest.raises(loop.RunError, match=r"steps 7 to 9; .*toy/checkpoints/6$"):
         train(tmp_path, data=ToyData(spoiled=range(6, 100)), steps=50, patience=3, save_every=1)
     assert checkpoint.steps(tmp_path / "toy" / "checkpoints")[-1].name == "6"
 
@@ -254,7 +254,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path):
     assert (tmp_path / "toy" / "checkpoints" / "4").is_dir()
 
 
-def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(tmp_path):
+def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(tmp_path, capfd, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     model = ToyConfig(width=128)
 
@@ -270,6 +270,8 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(tmp_path):
             train(tmp_path, data=FillsUp(), model=model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Traceback" not in caplog.text + capfd.readouterr().err, "one error is enough"
+    assert [p.name for p in (tmp_path / "toy" / "checkpoints").iterdir()] == ["4"]
     train(tmp_path, model=model)
     train(tmp_path, model=model, name="free")
     assert lines_of(tmp_path / "toy") == lines_of(tmp_path / "free")

@@ -15,6 +15,8 @@ from orbax.checkpoint import v1 as ocp
 from hope_jax.training.step import Params, TrainState
 
 _log = logging.getLogger(__name__)
+# What goes wrong in orbax is raised as well; its threads log it at length, some ten times.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 _SEAL = "sizes.json"
 """Written into a complete checkpoint: what is shorter than that was damaged later."""
 
@@ -150,11 +152,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            complete = steps(self.folder)
-            left = f"the last complete one is {complete[-1]}" if complete else "there is none yet"
-            raise CheckpointError(
-                f"could not save a checkpoint in {self.folder}: {_first_line(error)}; {left}"
-            ) from error
+            self._sweep()
+            reason = f"could not save a checkpoint in {self.folder}: {_first_line(error)}"
+            raise CheckpointError(f"{reason}; {what_is_left(self.folder)}") from error
 
 
 def steps(folder: Path) -> list[Path]:
@@ -162,6 +162,12 @@ def steps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.name.isdigit()), key=_step)
+
+
+def what_is_left(folder: Path) -> str:
+    """Says where a run can go on."""
+    complete = steps(folder)
+    return f"the last complete one is {complete[-1]}" if complete else "there is none before"
 
 
 def best(folder: Path) -> Path:

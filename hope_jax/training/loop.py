@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from math import exp
@@ -20,7 +20,7 @@ from flax import nnx
 
 from hope_jax.shapes import Batch
 from hope_jax.training import metrics
-from hope_jax.training.checkpoint import Checkpoints
+from hope_jax.training.checkpoint import Checkpoints, what_is_left
 from hope_jax.training.step import (
     Outline,
     TrainState,
@@ -31,8 +31,8 @@ from hope_jax.training.step import (
 )
 
 
-class DivergedError(RuntimeError):
-    """The loss or the gradient was not finite for too many steps in a row."""
+class RunError(RuntimeError):
+    """A run had to stop; the message says why, and where it can go on."""
 
 
 class Batches(Protocol):
@@ -101,7 +101,8 @@ def run(
       What is in summary.json.
 
     Raises:
-      DivergedError: See `TrainingConfig.patience`; names the last good checkpoint.
+      RunError: Too many steps were not finite (see `TrainingConfig.patience`), or a file could not
+        be read or written; names the last good checkpoint.
       CheckpointError: A checkpoint cannot be written, or none of those there can be read.
       ValueError: The newest checkpoint is of another model or of other data.
     """
@@ -111,8 +112,11 @@ def run(
     if finished.get("steps", 0) >= training.steps:
         print(f"{folder} is finished: it took {finished['steps']} steps", file=sys.stderr)
         return finished
-    with interrupts() as stop:
-        with Run(experiment, model, tx, data, sample, clock) as session:
+    try:
+        with (
+            interrupts() as stop,
+            Run(experiment, model, tx, data, sample, clock) as session,
+        ):
             while session.step < training.steps and not stop.is_set():
                 session.advance()
                 last = session.step == training.steps
@@ -122,6 +126,9 @@ def run(
                     session.save()
             session.save()
         return session.summarise(about or {})
+    except OSError as error:
+        left = what_is_left(folder / "checkpoints")
+        raise RunError(f"{folder} stopped: {error}; of the checkpoints {left}") from error
 
 
 class Run:
@@ -182,12 +189,14 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object):
+    def __exit__(self, kind: type[BaseException] | None, *_: object):
         self._batches.close()
         try:
             self._checkpoints.close()
         finally:
-            self._report.close()
+            # Where something went wrong before, that is what the user has to hear of.
+            with suppress(OSError) if kind else nullcontext():
+                self._report.close()
 
     def advance(self):
         """Starts a step; while the device works on it, takes in what the step before gave."""
@@ -310,7 +319,7 @@ class Run:
             values |= {"tokens": step * self._tokens, **self._meter.since_last()}
         self._report.train(step, values, write=write)
         if self._streak >= training.patience:
-            raise DivergedError(self._diverged(step))
+            raise RunError(self._diverged(step))
 
     def _diverged(self, step: int) -> str:
         self._checkpoints.close()

@@ -3,14 +3,17 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
@@ -124,9 +127,9 @@ class Report:
         kept = [line for line in read(self._path) if line["step"] <= step]
         replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(
-            str(folder), purge_step=step + 1, write_to_disk=True
-        )
+        # Written here and not by a SummaryWriter's thread, which a full disk ends unseen.
+        self._events = EventsWriter(str(folder / "events"), f".{step}")
+        self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
         self._wandb = _open_wandb(wandb, folder, name) if wandb else None
         # On a terminal a bar; into a file, a line now and then.
         self._live = sys.stderr.isatty()
@@ -153,11 +156,12 @@ class Report:
     def evaluate(self, step: int, split: str, values: dict[str, float | None]):
         """Takes the results of an evaluation."""
         self._record(step, split, values)
+        self._events.flush()
         self.say(f"step {step}  {split}: {_show(values)}")
 
     def text(self, step: int, text: str):
         """Takes a sample of what the model writes."""
-        self._events.add_text("sample", text, step)
+        self._event(step, summary=summary.text("sample", text))
         self.say(f"step {step}  sample: {text}")
 
     def say(self, line: str):
@@ -165,12 +169,19 @@ class Report:
         tqdm.write(line, file=sys.stderr)
 
     def close(self):
-        """Finishes the files."""
+        """Finishes the files.
+
+        Raises:
+          OSError: The disk is full, say.
+        """
         self._bar.close()
-        self._file.close()
-        self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+        self._file.close()
+        self._events.close()
+
+    def _event(self, step: int, **what: Any):
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def _record(self, step: int, split: str, values: dict[str, float | None]):
         line = {"step": step, "split": split, **{k: _finite(v) for k, v in values.items()}}
@@ -178,7 +189,7 @@ class Report:
         self._file.flush()
         numbers = {k: v for k, v in line.items() if isinstance(v, float | int) and k != "step"}
         for key, value in numbers.items():
-            self._events.add_scalar(f"{split}/{key}", value, step)
+            self._event(step, summary=summary.scalar(f"{split}/{key}", value))
         if self._wandb is not None:
             self._wandb.log({f"{split}/{key}": value for key, value in numbers.items()}, step=step)
 
