@@ -62,6 +62,7 @@ def sweep(name, experiment, rates, seeds, every):
     steps = experiment.training.steps
     build = partial(experiment.model.build, seed=experiment.seed)
     model = outline(build)
+    synthetic = experiment.data.source.kind == "recall"
     info = describe(model.variables)
     tx = replace(experiment.optimizer, learning_rate=1.0).build(steps, info)
 
@@ -91,7 +92,12 @@ def sweep(name, experiment, rates, seeds, every):
     def score_all(params, batch):
         def one(params):
             nats, weights = losses(model.graphdef, params, batch)
-            return jnp.sum(nats * weights), jnp.sum(weights)
+            right = jnp.zeros(())
+            if synthetic:
+                decoder = nnx.merge(model.graphdef, params)
+                logits, _ = decoder(batch.tokens[:, :-1], None, batch.starts[:, :-1])
+                right = jnp.sum(weights * (jnp.argmax(logits, -1) == batch.tokens[:, 1:]))
+            return jnp.sum(nats * weights), jnp.sum(weights), right
 
         return jax.vmap(one)(params)
 
@@ -104,8 +110,7 @@ def sweep(name, experiment, rates, seeds, every):
     def score(params, split):
         with closing(data.valid(split)) as batches:
             sums = [score_all(params, batch) for batch in batches]
-        nats, targets = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-        return nats, targets
+        return np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
 
     replicas = [(rate, seed) for rate in rates for seed in seeds]
     params = initial(jnp.array([seed for _, seed in replicas]))
@@ -118,15 +123,16 @@ def sweep(name, experiment, rates, seeds, every):
         for number in bar:
             params, state, _ = step_all(params, state, all_rates, next(batches))
             if (number + 1) % every == 0 or number + 1 == steps:
-                nats, targets = score(params, "valid")
+                nats, targets, right = score(params, "valid")
                 valid = nats / targets
                 best = keep_best(params, jnp.asarray(valid, jnp.float32), best)
-                curve.append([number + 1, *valid.round(4).tolist()])
-                bar.set_postfix_str(" ".join(f"{v:.3f}" for v in valid))
+                shown = right / targets if synthetic else valid
+                curve.append([number + 1, *shown.round(4).tolist()])
+                bar.set_postfix_str(" ".join(f"{v:.3f}" for v in shown))
 
     valid = np.array(best[0], np.float64).reshape(len(rates), len(seeds))
     chosen = int(np.argmin(np.nan_to_num(valid, nan=np.inf).mean(1)))
-    nats, targets = score(best[1], "test")
+    nats, targets, right = score(best[1], "test")
     mine = slice(chosen * len(seeds), (chosen + 1) * len(seeds))
     test, words = nats[mine], data.info("test").words
     alone = jax.tree.map(lambda x: x[0], best[1])
@@ -151,11 +157,16 @@ def sweep(name, experiment, rates, seeds, every):
         "parameters": (count, "parameters"),
         "tokens_per_second": (tokens / seconds, "tokens/s in training, one replica"),
     }
+    if synthetic:
+        accuracy = right[mine] / targets[mine]
+        values["test_accuracy"] = (accuracy.mean(), "share of answers")
+        notes["test_accuracy_by_seed"] = accuracy.round(4).tolist()
     if words:
         values["test_word_perplexity"] = (np.exp(test / words).mean(), "perplexity per word")
     records = [record(f"{name}/{key}", value, unit, notes) for key, (value, unit) in values.items()]
     line = " ".join(f"{key}={float(value):.5g}" for key, (value, _) in values.items())
-    print(f"{name} valid loss by step and replica: {curve}")
+    what = "accuracy" if synthetic else "loss"
+    print(f"{name} valid {what} by step and replica: {curve}")
     return records, f"{name}: rate={rates[chosen]:g} {line} valid={valid.round(4).tolist()}"
 
 
