@@ -29,9 +29,15 @@ def main(path: str, name: str, *overrides: str):
         track = partial(tqdm, desc=name, leave=False, delay=1, disable=None)
         results = task.run(runs.subject(run, model)._replace(track=track))
     if jax.process_index() == 0:
-        about = {"task": name, "settings": asdict(task), "checkpoint": str(checkpoint)}
-        about |= {"date": datetime.now(UTC).isoformat(timespec="microseconds")}
-        about |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+        about = {
+            "task": name,
+            "settings": asdict(task),
+            "checkpoint": str(checkpoint),
+            "step": int(checkpoint.name),
+            "date": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+        }
         file = report.write(run.folder / "eval", {**about, "results": results})
         print(f"{name} of {checkpoint}\n{report.table(results)}\nwritten to {file}")
 

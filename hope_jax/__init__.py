@@ -6,7 +6,7 @@
     logits, memory = model(tokens, memory=None, starts=None)
 
 The parts are modules that are imported when they are first named: `config`, `data`, `evaluation`,
-`models`, `modules`, `ops`, `optimizers`, `sharding`, `shapes` and `training`.
+`models`, `modules`, `ops`, `optimizers`, `runs`, `sharding`, `shapes` and `training`.
 """
 
 import importlib
@@ -21,6 +21,7 @@ __all__ = [
     "modules",
     "ops",
     "optimizers",
+    "runs",
     "shapes",
     "sharding",
     "training",

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import MODELS
 from toy_model import Toy, ToyConfig, toy
 
 from hope_jax import sharding
@@ -81,6 +82,15 @@ def test_one_lane_is_one_whole_reading(isolate):
     results = task.run(subject(stream, isolate=isolate))
     nats = direct(stream, 0, 59, isolate=isolate).mean()
     np.testing.assert_allclose(results["nats_per_token"], nats, rtol=1e-6)
+
+
+def test_hope_streamed_in_windows_that_cut_its_chunks_is_one_whole_reading():
+    stream, model = Documents((23, 17)), MODELS["hope"].build()
+    plan = lanes(stream, window=5, rows=1)
+    cost = total(model, stream, plan, carry=True)
+    cost_whole = total(model, stream, windows(40, window=39, rows=1), carry=False)
+    assert len(plan) == 8
+    np.testing.assert_allclose(cost.nats, cost_whole.nats, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 7])

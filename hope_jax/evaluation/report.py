@@ -25,13 +25,13 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
     Args:
       folder: Made where it is missing.
-      content: With the entries `task`, `checkpoint` and `date`, which name the file.
+      content: With the entries `task`, `step` and `date`, which name the file.
 
     Returns:
       The file.
     """
     moment = re.sub(r"[^0-9]", "", content["date"].partition("+")[0])
-    path = folder / f"{content['task']}-{Path(content['checkpoint']).name}-{moment}.json"
+    path = folder / f"{content['task']}-{content['step']}-{moment}.json"
     folder.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -39,7 +39,9 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _plain(value: Any) -> Any:
