@@ -13,7 +13,7 @@ from hope_jax.ops.rules import RULES
 BATCH, HEADS, KEYS, VALUES = 2, 2, 4, 3
 WEIGHED = {"rule": "hebbian", "feature_map": "softmax", "normalizer": True}
 CASES = {rule: {"rule": rule} for rule in RULES} | {"weighed": WEIGHED}
-FAST = [form for form in FORMS if form != "reference"]
+FAST = [name for name in FORMS if name != "reference" and FORMS[name].platforms is None]
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 fast_forms = pytest.mark.parametrize("form", FAST)

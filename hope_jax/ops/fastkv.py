@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hope_jax.ops.dispatch import Form, pick
+from hope_jax.ops.fused import Carried, refusal, remember
+from hope_jax.ops.pallas.chunk import Plan
 from hope_jax.ops.recurrence import Path, advance, factor, follow, read, read_transposed
 from hope_jax.ops.rules import RULES
 
@@ -96,12 +98,13 @@ def fast_kv(
     if form == "auto" and q.shape[1] == 1:
         form = "reference"
 
-    call = q, k, v, retain, write, memory.state.astype(accumulate), starts, rule, chunk
+    call = q, k, v, retain, write, memory.state.astype(accumulate), starts, rule, chunk, dtype
     y, state = pick(FORMS, form, *call)(*call)
     if not normalizer:
         return y.astype(dtype), FastKVMemory(state, None)
     weight = memory.normalizer[..., None, :].astype(accumulate)
-    call = q, k, jnp.ones_like(v[..., :1]), retain, write, weight, starts, "hebbian", chunk
+    ones = jnp.ones_like(v[..., :1])
+    call = q, k, ones, retain, write, weight, starts, "hebbian", chunk, dtype
     total, weight = pick(FORMS, form, *call)(*call)
     return (y / (total + 1e-6)).astype(dtype), FastKVMemory(state, weight[..., 0, :])
 
@@ -131,7 +134,7 @@ def _check(rule, feature_map, normalizer, chunk, memory):
         raise ValueError(f"memory must hold a normalizer exactly if normalizer=True, got {has}")
 
 
-def _reference(q, k, v, retain, write, state, starts, rule, chunk):  # noqa: ARG001
+def _reference(q, k, v, retain, write, state, starts, rule, chunk, dtype):  # noqa: ARG001
     """Token by token, the gradient by autodiff.
 
     About 8 V K FLOPs a token and head, in T sequential steps; each moves the state out and in.
@@ -178,7 +181,7 @@ def _associative(*call):
     return _in_chunks(_in_a_tree, *call)
 
 
-def _in_chunks(through, q, k, v, retain, write, state, starts, rule, chunk):
+def _in_chunks(through, q, k, v, retain, write, state, starts, rule, chunk, dtype):  # noqa: ARG001
     """Cuts the call into chunks, factors all of them, and goes `through` them for y and state."""
     _, retains_first, erases = RULES[rule]
     time = q.shape[1]
@@ -263,13 +266,48 @@ def _split(x, count, padding, fill=0):
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
+def _fused(q, k, v, retain, write, state, starts, rule, chunk, dtype):
+    """The whole scan in one kernel launch; see `ops.pallas` for what it costs."""
+    tokens = {name: x.astype(dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    tokens |= {"eta": write, "alpha": retain}
+    carried = Carried(None, {"memory": state}, None)
+    y, carried = remember(_plan(rule, chunk, dtype), tokens, None, None, carried, starts)
+    return y, carried.states["memory"]
+
+
+def _unfit(q, k, v, retain, write, state, starts, rule, chunk, dtype):  # noqa: ARG001
+    if RULES[rule].erases == "value":
+        return f"the kernels take rules that erase along keys, got {rule}"
+    return refusal(_plan(rule, chunk, dtype), dtype, k.shape[-1], v.shape[-1])
+
+
+def _plan(rule, chunk, dtype):
+    erases = {"nothing": "nothing", "key": "retained" if RULES[rule].retains_first else "state"}
+    return Plan(
+        memories=("memory",),
+        gates=(),
+        objective="dot",
+        erases=erases[RULES[rule].erases],
+        anchor=False,
+        normalize=False,
+        targets="value",
+        read="current",
+        write_max=1.0,
+        chunk=chunk,
+        segmented=False,
+        holds=False,
+        operand=jnp.dtype(dtype),
+    )
+
+
 FORMS = {
+    "pallas_triton": Form(_fused, _unfit, ("gpu",)),
     "chunked": Form(_chunked),
     "associative": Form(_associative),
     "reference": Form(_reference),
 }
 """The forms of `fast_kv`, fastest first.
 
-Each takes `(q, k, v, retain, write, state, starts, rule, chunk)`, arrays in one floating dtype,
-features already mapped, and returns `(y, state)`.
+Each takes `(q, k, v, retain, write, state, starts, rule, chunk, dtype)`, arrays in float32 or
+wider, features already mapped, `dtype` what the values came in, and returns `(y, state)`.
 """

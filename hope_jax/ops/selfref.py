@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.ops import recurrence
+from hope_jax.ops import recurrence, selfref_fused
 from hope_jax.ops.dispatch import Form, pick
 
 GATES = ("eta", "alpha")
@@ -228,7 +228,7 @@ def reference(
     dtype = _accumulation(x.dtype)
     initial, biases = _cast((initial, biases), dtype)
     if memory is None:
-        memory = _fresh(_per_row(initial, x.shape[0]), views.momentum is not None)
+        memory = fresh_memory(initial, x.shape[0], momentum=views.momentum is not None)
     if starts is None:
         starts = jnp.zeros(x.shape[:2], bool)
     one_head = partial(_token, setting)
@@ -349,11 +349,11 @@ def chunked(
     initial, biases = _cast((initial, biases), dtype)
     batch, time = x.shape[:2]
     size = setting.chunk_projections
-    # A copy per row keeps the gradient's sum over the batch out of the scan.
-    initial = _per_row(initial, batch)
     fresh = memory is None
     if fresh:
-        memory = _fresh(initial, views.momentum is not None)
+        memory = fresh_memory(initial, batch, momentum=views.momentum is not None)
+    # A copy per row keeps the gradient's sum over the batch out of the scan.
+    initial = _per_row(initial, batch)
     offset = 0 if fresh else memory.position % size
     count = -(-time // size) if fresh else -(-(time + size - 1) // size)
     whole = fresh and time % size == 0
@@ -365,26 +365,34 @@ def chunked(
     tokens = jax.tree.map(lambda array: _into_chunks(array, offset, count, size), tokens)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def chunk(state, momentum, inputs):
-        tokens, live, first = inputs
-        held = state
-        if not fresh:
-            held = jax.tree.map(partial(jnp.where, first), memory.held, state)
+    def chunk(state, momentum, held, inputs):
+        tokens, live = inputs
+        # What is held passes chunks of padding alone; a fresh memory meets none.
+        held = state if fresh else held
         return _chunk(setting, initial, biases, state, momentum, held, _cast(tokens, dtype), live)
 
     def body(carry, inputs):
-        state, momentum, held, y = chunk(*carry[:2], inputs)
+        state, momentum, held, y = chunk(*carry, inputs)
         return (state, momentum, None if whole else held), y
 
     carry = (memory.state, memory.momentum, None if whole else memory.held)
-    inputs = (tokens, live, jnp.arange(count) == 0)
-    (state, momentum, held), y = jax.lax.scan(body, carry, inputs)
+    (state, momentum, held), y = jax.lax.scan(body, carry, (tokens, live))
     y = _out_of_chunks(y, offset, time).astype(x.dtype)
     held = state if whole else held
     return y, SelfReferentialMemory(memory.position + time, state, momentum, held)
 
 
-FORMS = {"chunked": Form(chunked), "reference": Form(reference)}
+def fused(*call) -> tuple[Float[Array, "B T H V"], SelfReferentialMemory]:
+    """Computes the same as `chunked` in one kernel launch; see `ops.pallas` for what it costs."""
+    y, memory = selfref_fused.run(*call)
+    return y, SelfReferentialMemory(*memory)
+
+
+FORMS = {
+    "pallas_triton": Form(fused, selfref_fused.refuses, ("gpu",)),
+    "chunked": Form(chunked),
+    "reference": Form(reference),
+}
 
 
 def _chunk(setting, initial, biases, state, momentum, held, tokens, live):
@@ -510,7 +518,7 @@ def _proximal(write, key):
 def _read(setting, initial, held, opening, paths, query):
     """Reads M_memory with every token's query, at the state that the setting names."""
     if setting.read == "chunk":
-        return _recall_held("memory", held["memory"], initial["memory"], opening, query)
+        return _recall_held("memory", held, initial, opening, query)
     own = setting.read == "current"
     if len(paths) == 1:
         return recurrence.read(*paths[0], query, own=own)
@@ -596,10 +604,11 @@ def _per_row(initial, batch):
     return jax.tree.map(lambda matrix: jnp.broadcast_to(matrix, (batch, *matrix.shape)), initial)
 
 
-def _fresh(initial, with_momentum):
-    """The memory before the first token."""
-    momentum = jax.tree.map(jnp.zeros_like, initial) if with_momentum else None
-    return SelfReferentialMemory(jnp.zeros((), jnp.int32), initial, momentum, initial)
+def fresh_memory(initial: Matrices, batch: int, *, momentum: bool) -> SelfReferentialMemory:
+    """The memory before the first token; `momentum` says whether the memories have one."""
+    state = _per_row(initial, batch)
+    momenta = jax.tree.map(jnp.zeros_like, state) if momentum else None
+    return SelfReferentialMemory(jnp.zeros((), jnp.int32), state, momenta, state)
 
 
 def _chunk_of(name, setting):

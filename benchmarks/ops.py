@@ -1,0 +1,288 @@
+"""Checks and times every form of the memory ops on this machine's accelerator.
+
+python benchmarks/ops.py [--out RECORDS.json] [--only PART,...] [--batch 8 --time 4096 ...]
+
+Parts: check (errors of values and gradients against the float64 reference), time (each form,
+forward and forward + backward), launch (the kernels alone, launched in several ways). The table
+comes last. Records are appended to RECORDS.json.
+"""
+
+import argparse
+import time
+from functools import partial
+from math import isfinite
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from record import append, record
+
+from hope_jax.ops import fastkv, fused, selfref
+from hope_jax.ops.dispatch import platform
+from hope_jax.ops.pallas import gpu
+
+KERNELS = {"gpu": "pallas_triton", "cpu": "pallas_triton"}
+
+
+def inputs(op, batch, length, heads, width, seed=0, correlated=False):
+    """Arguments of an op in float32 with gates like those of a fresh model, as a dict of arrays."""
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    tokens = lambda: normal(batch, length, heads, width)  # noqa: E731
+    if op != "self_referential":
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+        k = tokens() + (3 * normal(1, 1, heads, width) if correlated else 0)
+        retain = jax.nn.sigmoid(normal(batch, length, heads) + 5)
+        write = jax.nn.sigmoid(normal(batch, length, heads))
+        return {"q": unit(tokens()), "k": unit(k), "v": tokens(), "retain": retain, "write": write}
+    x = tokens() + (3 * normal(1, 1, heads, width) if correlated else 0)
+    shapes = {"k": width, "v": width, "memory": width, "eta": 1, "alpha": 1}
+    scale = {"eta": 0.1, "alpha": 0.1}
+    initial = {
+        name: (scale.get(name, 1.0) * normal(heads, out, width) / width**0.5,)
+        for name, out in shapes.items()
+    }
+    biases = {"eta_bias": jnp.zeros(heads), "alpha_bias": jnp.full(heads, 5.0)}
+    return {"x": x, "q": tokens(), "initial": initial, **biases}
+
+
+def call(op, form, chunk, arrays, starts=None):
+    """Runs an op; returns what was read and the last state."""
+    if op != "self_referential":
+        rule = {"delta": "delta", "gated_delta": "gated_delta", "hebbian": "hebbian"}[op]
+        arrays = [arrays[name] for name in ("q", "k", "v", "retain", "write")]
+        y, memory = fastkv.fast_kv(*arrays, None, starts, rule=rule, chunk=chunk, form=form)
+        return y, memory.state
+    slow = selfref.Slow(
+        None, None, arrays["q"], None, None, None, arrays["eta_bias"], arrays["alpha_bias"]
+    )
+    y, memory = selfref.self_referential(
+        arrays["x"], slow, arrays["initial"], None, starts,
+        chunk_memory=chunk, chunk_projections=chunk, form=form,
+    )  # fmt: skip
+    return y, memory.state
+
+
+def narrow(arrays, dtype):
+    """Casts what a model computes in its compute dtype; gates and parameters stay float32."""
+    wide = ("initial", "eta_bias", "alpha_bias", "retain", "write")
+    return {
+        name: a if name in wide else jax.tree.map(lambda x: x.astype(dtype), a)
+        for name, a in arrays.items()
+    }
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def values_and_gradients(op, form, chunk, arrays, starts, dtype):
+    """What was read, the last state, and the gradients of all arguments, as numpy arrays."""
+
+    @jax.jit
+    def run(arrays):
+        (y, state), pull = jax.vjp(lambda a: call(op, form, chunk, a, starts), arrays)
+        weight = np.random.default_rng(1).standard_normal(y.shape)
+        ends = jax.tree.map(lambda s: jnp.full_like(s, 0.1), state)
+        return {"y": y, "state": state}, pull((jnp.asarray(weight, y.dtype), ends))[0]
+
+    arrays = jax.tree.map(lambda a: jnp.asarray(a, dtype or a.dtype), arrays)
+    out, gradients = run(arrays)
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), {**out, **gradients})
+
+
+def worst_error(truth, got):
+    """The largest relative error in norm, and where it is; NaN is the largest of all."""
+    worst = (0.0, "")
+    truth, got = (jax.tree_util.tree_leaves_with_path(tree) for tree in (truth, got))
+    for (path, a), (_, b) in zip(truth, got, strict=True):
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-30)
+        if not isfinite(error) or error > worst[0]:
+            worst = (error, jax.tree_util.keystr(path))
+            if not isfinite(error):
+                break
+    return worst
+
+
+CHECKS = [
+    # op, dtype, matmul precision, (B, T, H, d), chunk, what
+    ("self_referential", "bfloat16", None, (2, 333, 2, 64), 64, "starts"),
+    ("self_referential", "bfloat16", None, (1, 256, 1, 64), 64, "correlated"),
+    ("self_referential", "float32", None, (1, 256, 1, 64), 64, ""),
+    ("self_referential", "float32", "highest", (1, 96, 1, 16), 16, "starts"),
+    ("delta", "bfloat16", None, (2, 333, 2, 64), 64, "starts"),
+    ("delta", "float32", None, (2, 256, 2, 64), 64, "correlated"),
+    ("gated_delta", "bfloat16", None, (1, 320, 2, 128), 64, ""),
+]
+
+
+def check(rows):
+    """Compares the kernel with the float64 reference; the XLA form's error stands beside it."""
+    for op, dtype, precision, shape, chunk, what in CHECKS:
+        arrays = narrow(inputs(op, *shape, correlated=what == "correlated"), dtype)
+        starts = None
+        if what == "starts":
+            starts = jnp.asarray(np.random.default_rng(2).random(shape[:2]) < 0.02)
+        host = jax.tree.map(lambda a: np.asarray(a, np.float64), arrays)
+        jax.config.update("jax_enable_x64", True)
+        truth = values_and_gradients(op, "reference", chunk, host, starts, jnp.float64)
+        jax.config.update("jax_enable_x64", False)
+        for form in (KERNELS[platform()], "chunked"):
+            begin = time.perf_counter()
+            with jax.default_matmul_precision(precision):
+                try:
+                    got = values_and_gradients(op, form, chunk, arrays, starts, None)
+                    error, where = worst_error(truth, got)
+                    y, _ = worst_error({"y": truth["y"]}, {"y": got["y"]})
+                    text = f"y {y:.1e}  worst {error:.1e} {where}"
+                except Exception as failure:
+                    text = "FAILED " + repr(failure)[:300]
+            spent = time.perf_counter() - begin
+            name = f"{op} {dtype} {precision or ''} {shape} C={chunk} {what}"
+            row = f"{name:72} {form:14} {text}  ({spent:.0f} s)"
+            print(row, flush=True)
+            rows.append(row)
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+
+def milliseconds(run, *arrays, inner=10, repeats=11):
+    """The median over repeats of the mean of calls that were queued together; compiled and warm."""
+    begin = time.perf_counter()
+    run = jax.jit(run).lower(*arrays).compile()
+    compiling = time.perf_counter() - begin
+    jax.block_until_ready([run(*arrays) for _ in range(3)])
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready([run(*arrays) for _ in range(inner)][-1])
+        times.append(1e3 * (time.perf_counter() - begin) / inner)
+    return sorted(times)[repeats // 2], compiling
+
+
+def passes(op, form, chunk, starts):
+    """The forward pass, and the forward with the backward pass to all arguments."""
+
+    def loss(arrays):
+        return jnp.sum(call(op, form, chunk, arrays, starts)[0].astype(jnp.float32) ** 2)
+
+    forward = lambda arrays: call(op, form, chunk, arrays, starts)[0]  # noqa: E731
+    return {"fwd": forward, "fwd_bwd": jax.value_and_grad(loss)}
+
+
+def time_forms(rows, records, shape, forms):
+    """Times whole ops as a model calls them."""
+    kernel = KERNELS[platform()]
+    batch, length, heads, width = shape
+    cases = [("self_referential", "bfloat16", 64, ""), ("delta", "bfloat16", 64, "")]
+    cases += [("self_referential", "bfloat16", 64, "starts"), ("gated_delta", "bfloat16", 64, "")]
+    for op, dtype, chunk, what in cases:
+        arrays = narrow(inputs(op, *shape), dtype)
+        starts = None
+        if what == "starts":
+            starts = jnp.asarray(np.random.default_rng(2).random((batch, length)) < 1 / 500)
+        for form in forms or (kernel, "chunked"):
+            if what and form != kernel:
+                continue
+            for name, run in passes(op, form, chunk, starts).items():
+                note = f"B={batch} T={length} H={heads} d={width} C={chunk} {dtype} {form} {what}"
+                try:
+                    spent, compiling = milliseconds(run, arrays)
+                except Exception as failure:
+                    rows.append(f"{op} {name} {note} FAILED {failure!r}"[:400])
+                    print(rows[-1], flush=True)
+                    continue
+                rows.append(
+                    f"{op:18} {name:8} {spent:9.3f} ms  {note} (compiled in {compiling:.0f} s)"
+                )
+                print(rows[-1], flush=True)
+                official = form == kernel and not what
+                label = (
+                    f"op/{op}/{name}" if official else f"op/{op}/{name}/{form}{what and '/'}{what}"
+                )
+                records.append(record(label, spent, "ms", note))
+
+
+def launches(rows, shape):
+    """Times the GPU kernels alone, launched in several ways and over several shapes."""
+    batch, length, heads, width = shape
+    tall = (batch * length // 64, 64, heads, width)
+    cases = [
+        # op, shape, chunk, warps, stages, with the backward
+        ("self_referential", shape, 64, 4, 1, True),
+        ("self_referential", shape, 64, 8, 1, False),
+        ("self_referential", shape, 64, 4, 2, False),
+        ("self_referential", shape, 32, 4, 1, False),
+        ("self_referential", tall, 64, 4, 1, True),
+        ("self_referential", (2 * batch, length, heads, width), 64, 4, 1, True),
+        ("self_referential", (batch, length, heads // 2, 2 * width), 64, 8, 1, False),
+        ("delta", shape, 64, 4, 1, True),
+        ("delta", shape, 64, 8, 1, False),
+        ("delta", shape, 32, 4, 1, True),
+        ("delta", tall, 64, 4, 1, True),
+    ]
+    for op, dims, chunk, warps, stages, both in cases:
+        arrays = narrow(inputs(op, *dims), "bfloat16")
+        launch = gpu.Launch(warps, stages)
+        plan, sequence = caught(op, chunk, arrays)
+        label = f"{op:18} {dims!s:20} C={chunk} warps={warps} stages={stages}"
+        try:
+            text = ""
+            for keep in (False, True):
+                run = partial(gpu.forward, plan, keep=keep, launch=launch)
+                spent, compiling = milliseconds(run, sequence)
+                text += f" fwd{'+keep' if keep else ''} {spent:.3f}"
+            text += f" ({compiling:.0f} s)"
+            if both:
+                y, ends, held, starts = jax.jit(run)(sequence)
+                ends = jax.tree.map(jnp.zeros_like, ends)
+                run = partial(gpu.backward, plan, launch=launch)
+                spent, compiling = milliseconds(run, sequence, starts, y, ends, held)
+                text += f" bwd {spent:.3f} ({compiling:.0f} s)"
+        except Exception as failure:
+            text += " FAILED " + repr(failure)[:300]
+        rows.append(label + text)
+        print(rows[-1], flush=True)
+
+
+def caught(op, chunk, arrays):
+    """The plan and the sequence that an op hands to its kernel."""
+    found = []
+    scan = fused._scan
+
+    def spy(plan, sequence):
+        found.append((plan, fused._rounded(plan, sequence)))
+        return scan(plan, sequence)
+
+    fused._scan = spy
+    call(op, KERNELS[platform()], chunk, arrays)
+    fused._scan = scan
+    return found[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", help="a JSON file to append records to")
+    parser.add_argument("--only", default="check,time,launch", help="parts, by comma")
+    parser.add_argument("--forms", default="", help="forms to time, by comma")
+    for name, value in {"batch": 8, "time": 4096, "heads": 16, "width": 64}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    shape = options.batch, options.time, options.heads, options.width
+    device = jax.devices()[0]
+    rows = [f"{device.device_kind} x {len(jax.devices())}, jax {jax.__version__}"]
+    records = []
+    parts = options.only.split(",")
+    if "check" in parts:
+        check(rows)
+    if "time" in parts:
+        time_forms(rows, records, shape, tuple(filter(None, options.forms.split(","))))
+    if "launch" in parts and platform() == "gpu":
+        launches(rows, shape)
+    if options.out:
+        append(options.out, records)
+    print("\n" + "=" * 40 + "\n" + "\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Matrix memories in one kernel launch: its gradient, padding, document starts, carried memory."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hope_jax.ops.dispatch import platform
+from hope_jax.ops.pallas import gpu
+from hope_jax.ops.pallas.chunk import Plan, Values
+from hope_jax.ops.pallas.gpu import Sequence
+
+
+class Carried(NamedTuple):
+    """What earlier tokens left behind.
+
+    Attributes:
+      position: How many tokens were read; None for memories to which chunks mean nothing, so that
+        every call begins one.
+      states: The memories, `[B, H, V, K]` by name.
+      held: What the next token projects with, likewise; None without a position.
+    """
+
+    position: Int[Array, ""] | None
+    states: Values
+    held: Values | None
+
+
+def remember(
+    plan: Plan,
+    tokens: Values,
+    origins: Values | None,
+    bias: Float[Array, "H 1 G"] | None,
+    carried: Carried | None,
+    starts: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T H V"], Carried]:
+    """Reads tokens with memories that learn them, in one launch.
+
+    Tokens are laid on the memories' grid of chunks. A chunk that is not full, or in which a
+    document starts, costs a little more than one that is full: the kernel goes through its
+    segments one by one.
+
+    Args:
+      plan: What to compute; `segmented` and `holds` are found out here.
+      tokens: x, k, v, q `[B, T, H, K]`, eta, alpha `[B, T, H]`; those the plan asks for.
+      origins: Where states begin, return to and decay to, `[H, V, K]`; None for zero.
+      bias: Of the gates that are memories.
+      carried: What earlier tokens left behind; None for the origins, at the start of a chunk.
+      starts: Document starts.
+
+    Returns:
+      What was read, in the dtype of the tokens, and what is left behind.
+    """
+    batch, time = next(iter(tokens.values())).shape[:2]
+    offset, room = 0, time
+    if carried is None:
+        carried = _fresh(plan, origins, batch)
+    elif carried.position is not None:
+        offset, room = carried.position % plan.chunk, time + plan.chunk - 1
+    count = -(-room // plan.chunk)
+    whole = room == time == count * plan.chunk
+    plan = plan._replace(
+        segmented=not whole or starts is not None,
+        holds=not whole and carried.position is not None,
+    )
+    segments = bounds = None
+    if plan.segmented:
+        segments, bounds = _segments(plan.chunk, count, offset, batch, time, starts)
+    padded = {name: _pad(array, offset, count * plan.chunk) for name, array in tokens.items()}
+    states = _from_origin(plan, carried.states, origins, -1)
+    held = _from_origin(plan, carried.held, origins, -1) if plan.holds else None
+    y, ends, held = _scan(plan, Sequence(padded, segments, bounds, states, held, origins, bias))
+
+    if not whole:
+        y = jax.lax.dynamic_slice_in_dim(y, offset, time, 1)
+    ends = _from_origin(plan, ends, origins, 1)
+    if carried.position is None:
+        return y, Carried(None, ends, None)
+    if not plan.holds:
+        return y, Carried(carried.position + time, ends, ends)
+    full = (offset + time) % plan.chunk == 0
+    held = jax.tree.map(partial(jnp.where, full), ends, _from_origin(plan, held, origins, 1))
+    return y, Carried(carried.position + time, ends, held)
+
+
+def refusal(plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
+    """Says why the kernels do not take a call, or None if they do.
+
+    Args:
+      plan: What to compute.
+      dtype: Of the tokens.
+      *widths: Features of keys and of values.
+
+    Returns:
+      One sentence, or None.
+    """
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernels take bfloat16 and float32, got {dtype}"
+    if plan.chunk not in (16, 32, 64, 128):
+        return f"the kernels take chunks of 16, 32, 64 or 128 tokens, got {plan.chunk}"
+    if any(width not in (16, 32, 64, 128) for width in widths):
+        got = " and ".join(map(str, widths))
+        return f"the kernels take heads of 16, 32, 64 or 128 features, got {got}"
+    return None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(plan, sequence):
+    y, ends, held, _ = _forward(plan, sequence, keep=False)
+    return y, ends, held
+
+
+def _scan_forward(plan, sequence):
+    y, ends, held, starts = _forward(plan, sequence, keep=True)
+    return (y, ends, held), (sequence, starts)
+
+
+def _scan_backward(plan, residuals, cotangents):
+    sequence, starts = residuals
+    dtokens, dstates, dheld, dorigins, dbias = gpu.backward(
+        plan, _rounded(plan, sequence), starts, *cotangents, launch=_launch()
+    )
+    dorigins, dbias = jax.tree.map(lambda array: jnp.sum(array, 0), (dorigins, dbias))
+    return (Sequence(dtokens, None, None, dstates, dheld, dorigins, dbias),)
+
+
+_scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _forward(plan, sequence, keep):
+    return gpu.forward(plan, _rounded(plan, sequence), keep=keep, launch=_launch())
+
+
+def _launch():
+    return gpu.Launch(interpret=platform() != "gpu")
+
+
+def _rounded(plan, sequence):
+    origins = jax.tree.map(lambda array: array.astype(plan.operand), sequence.origins)
+    return sequence._replace(origins=origins)
+
+
+def _fresh(plan, origins, batch):
+    """Memories that have read nothing."""
+    states = {
+        name: jnp.broadcast_to(origins[name], (batch, *origins[name].shape)) for name in plan.names
+    }
+    return Carried(jnp.zeros((), jnp.int32), states, states)
+
+
+def _from_origin(plan, states, origins, sign):
+    """States as distances to their origins (-1) and back (1); as they are without an anchor."""
+    if not plan.anchor:
+        return states
+    return {name: state + sign * origins[name] for name, state in states.items()}
+
+
+def _pad(array, offset, time):
+    if array.shape[1] == time:
+        return array
+    room = jnp.zeros((array.shape[0], time, *array.shape[2:]), array.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(room, array, offset, 1)
+
+
+def _segments(chunk, count, offset, batch, time, starts):
+    """Numbers the documents of each chunk; see `Sequence`."""
+    index = jnp.arange(count * chunk)
+    live = ((index >= offset) & (index < offset + time)).reshape(count, chunk)
+    if starts is None:
+        starts = jnp.zeros((batch, time), bool)
+    starts = _pad(starts, offset, count * chunk).reshape(batch, count, chunk)
+    number = jnp.where(live, jnp.cumsum(starts, -1, dtype=jnp.int32), -1)
+    last = jnp.max(number, -1)
+    first = jnp.min(jnp.where(live, number, chunk), -1)
+    first = jnp.where(last < 0, 0, first)
+    return number.reshape(batch, -1), jnp.stack([first, last], -1)

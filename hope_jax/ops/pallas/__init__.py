@@ -1,0 +1,1 @@
+"""Kernels written in Pallas: refs in, refs out."""

@@ -1,0 +1,96 @@
+"""Lays `self_referential` on the fused kernels: what they take, what they refuse, and why."""
+
+import jax.numpy as jnp
+
+from hope_jax.ops.fused import Carried, refusal, remember
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan
+
+GATES = ("eta", "alpha")
+
+
+def run(x, views, biases, initial, memory, starts, setting):
+    """Computes the op in one launch; arguments as for the other forms.
+
+    Returns:
+      What was read, and the position, state, momentum (None) and held matrices left behind.
+    """
+    plan = _plan(x, views, setting)
+    tokens = {"x": x} if plan.gates or len(plan.memories) > 1 else {}
+    given = {"k": views.key, "v": views.value, "q": views.query}
+    tokens |= {name: array.astype(x.dtype) for name, array in given.items() if array is not None}
+    gates = {"eta": views.write, "alpha": views.retain}
+    tokens |= {name: a.astype(jnp.float32) for name, a in gates.items() if a is not None}
+    bias = None
+    if plan.gates:
+        bias = _rows([bias[:, None, None] for bias in biases])[:, None, :, 0]
+    carried = None
+    if memory is not None:
+        carried = Carried(memory.position, _together(memory.state), _together(memory.held))
+    y, after = remember(plan, tokens, _together(initial), bias, carried, starts)
+    state, held = (_apart(states, initial) for states in after[1:])
+    return y.astype(x.dtype), (after.position, state, None, held)
+
+
+def refuses(x, views, biases, initial, memory, starts, setting):
+    """Says why the kernels do not take a call, or None if they do."""
+    del biases, memory, starts
+    if any(len(matrices) == 2 for matrices in initial.values()):
+        return "the kernels take linear memories, got an MLP"
+    if views.momentum is not None:
+        return "the kernels take memories without momentum"
+    if setting.inner_gradient == "stop":
+        return "the kernels differentiate the inner updates, got inner_gradient=stop"
+    if setting.chunk_memory != setting.chunk_projections:
+        return (
+            "the kernels take one chunk for all memories, got "
+            f"{setting.chunk_memory} and {setting.chunk_projections}"
+        )
+    return refusal(_plan(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1])
+
+
+def _plan(x, views, setting):
+    adaptive = {"k": views.key, "v": views.value, "q": views.query}
+    gates = {"eta": views.write, "alpha": views.retain}
+    narrow = x.dtype == jnp.bfloat16
+    return Plan(
+        memories=(*(name for name, array in adaptive.items() if array is None), "memory"),
+        gates=tuple(name for name, array in gates.items() if array is None),
+        objective=setting.objective,
+        erases="state" if setting.dgd else "nothing",
+        anchor=setting.anchor,
+        normalize=setting.normalize_targets,
+        targets=setting.targets,
+        read=setting.read,
+        write_max=setting.write_max,
+        chunk=setting.chunk_memory,
+        segmented=False,
+        holds=False,
+        operand=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
+    )
+
+
+def _together(matrices):
+    """The memories of both gates as two rows of one matrix, the others as they are."""
+    joined = {n: m[0].astype(jnp.float32) for n, m in matrices.items() if n not in GATES}
+    if len(joined) == len(matrices):
+        return joined
+    width = joined["memory"].shape[-1]
+    shape = (*joined["memory"].shape[:-2], 1, width)
+    rows = [matrices[n][0] if n in matrices else jnp.zeros(shape) for n in GATES]
+    return joined | {"gates": _rows(rows)}
+
+
+def _apart(states, like):
+    parts = {name: (states[name],) for name in like if name not in GATES}
+    for row, name in enumerate(GATES):
+        if name in like:
+            parts[name] = (states["gates"][..., row : row + 1, :],)
+    return {name: parts[name] for name in like}
+
+
+def _rows(rows):
+    """Stacks the rows of eta and alpha, with zeros up to a tile."""
+    stacked = jnp.concatenate([row.astype(jnp.float32) for row in rows], -2)
+    padding = [(0, 0)] * stacked.ndim
+    padding[-2] = (0, GATE_ROWS - len(rows))
+    return jnp.pad(stacked, padding)

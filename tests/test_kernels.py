@@ -1,0 +1,197 @@
+"""The kernels, interpreted: the same function as the reference, in values and all gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.ops.fastkv import FastKVMemory, fast_kv
+from hope_jax.ops.selfref import SelfReferentialMemory, Slow, self_referential
+
+KERNEL = "pallas_triton"
+GATES = ("eta", "alpha")
+
+
+def normals(seed):
+    keys = iter(jax.random.split(jax.random.key(seed), 40))
+    return lambda *shape: jax.random.normal(next(keys), shape)
+
+
+def self_referential_call(
+    time=37, position=None, starts=None, frozen=("q",), correlated=0.0, gate=1.0, batch=2, **options
+):
+    """Everything that has a gradient, and the op as a function of it."""
+    heads, width, chunk = 2, 16, 16
+    normal = normals(0)
+    names = ("k", "v", "q", *GATES)
+    x = normal(batch, time, heads, width) + correlated * normal(1, 1, heads, width)
+    slow = {
+        name: gate * normal(batch, time, heads, *(() if name in GATES else (width,)))
+        for name in names
+        if name in frozen
+    }
+    initial = {
+        name: (normal(heads, 1 if name in GATES else width, width) / 4,)
+        for name in (*names, "memory")
+        if name not in frozen
+    }
+    biases = {"eta_bias": normal(heads), "alpha_bias": 3 + normal(heads)}
+    states = None
+    if position is not None:
+        states = [
+            {name: (normal(batch, *m.shape) / 4,) for name, (m,) in initial.items()}
+            for _ in range(2)
+        ]
+    given = dict.fromkeys((*names, "beta"))
+
+    def op(x, slow, initial, biases, states, form):
+        memory = None
+        if states is not None:
+            memory = SelfReferentialMemory(jnp.int32(position), states[0], None, states[1])
+        slow = Slow(**{**given, **slow, **biases})
+        y, memory = self_referential(
+            x, slow, initial, memory, starts, chunk_memory=chunk, chunk_projections=chunk,
+            form=form, **options,
+        )  # fmt: skip
+        return y, memory.state, memory.held
+
+    return op, (x, slow, initial, biases, states)
+
+
+def fast_kv_call(time=37, starts=None, memory=False, gates=None, keys=16, values=16, **options):
+    batch, heads = 2, 2
+    normal = normals(1)
+    q, k = normal(batch, time, heads, keys), normal(batch, time, heads, keys)
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    v = normal(batch, time, heads, values)
+    retain, write = jax.nn.sigmoid(normal(batch, time, heads) + 2), jax.nn.sigmoid(q[..., 0])
+    if gates is not None:
+        cycle = np.resize(np.asarray(gates, np.float32), (batch, time, heads))
+        retain, write = jnp.asarray(cycle), jnp.asarray(cycle[:, ::-1])
+    state = normal(batch, heads, values, keys) if memory else None
+
+    def op(q, k, v, retain, write, state, form):
+        memory = None if state is None else FastKVMemory(state, None)
+        y, memory = fast_kv(q, k, v, retain, write, memory, starts, chunk=16, form=form, **options)
+        return y, memory.state
+
+    return op, (q, k, v, retain, write, state)
+
+
+def values_and_gradients(op, arguments, form):
+    @jax.jit
+    def run(arguments):
+        out, pull = jax.vjp(lambda *a: op(*a, form), *arguments)
+        leaves, tree = jax.tree.flatten(out)
+        normal = normals(2)
+        cotangents = [normal(*leaf.shape).astype(leaf.dtype) for leaf in leaves]
+        return out, pull(tree.unflatten(cotangents))
+
+    return run(arguments)
+
+
+def assert_same(op, arguments, tolerance):
+    expected = values_and_gradients(op, arguments, "reference")
+    got = values_and_gradients(op, arguments, KERNEL)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
+    ):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-3)
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
+
+
+def starts_of(time, share=0.15, batch=2):
+    return jnp.asarray(np.random.default_rng(0).random((batch, time)) < share)
+
+
+SELF_REFERENTIAL = {
+    "whole chunks": {"time": 32},
+    "shorter than a chunk": {"time": 5, "batch": 1},
+    "odd length, starts in chunks": {"starts": starts_of(37)},
+    "goes on inside a chunk": {"position": 5, "starts": starts_of(37)},
+    "goes on at a chunk's start": {"position": 32, "time": 16},
+    "correlated tokens": {"correlated": 5.0, "time": 48},
+    "gates at their bounds": {"frozen": ("q", *GATES), "gate": 100.0, "write_max": 2.0},
+    "everything adapts, own writes are read": {"frozen": (), "read": "current", "position": 3},
+    "nothing adapts": {"frozen": ("k", "v", "q", *GATES), "starts": starts_of(37), "position": 5},
+    "chunk's start is read, l2, literal": {
+        "read": "chunk",
+        "objective": "l2",
+        "anchor": False,
+        "normalize_targets": False,
+        "starts": starts_of(37),
+    },
+    "no erasing, values as targets": {"dgd": False, "frozen": ("q", *GATES), "targets": "value"},
+}
+
+FAST_KV = {
+    "delta": {"rule": "delta", "starts": starts_of(37), "memory": True},
+    "gated delta": {"rule": "gated_delta", "memory": True, "keys": 32},
+    "hebbian": {"rule": "hebbian", "starts": starts_of(37), "values": 32},
+    "gates of 0 and 1": {
+        "rule": "gated_delta",
+        "gates": (1, 0, 1, 1, 1, 0, 0),
+        "memory": True,
+    },
+    "whole chunks": {"rule": "delta", "time": 32},
+}
+
+
+@pytest.mark.parametrize("case", SELF_REFERENTIAL)
+def test_self_referential_kernel_is_the_reference(case):
+    assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4)
+
+
+@pytest.mark.parametrize("case", FAST_KV)
+def test_fast_kv_kernel_is_the_reference(case):
+    assert_same(*fast_kv_call(**FAST_KV[case]), 1e-4)
+
+
+def test_bfloat16_tokens_keep_two_digits():
+    op, arguments = self_referential_call(time=48)
+    arguments = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
+    expected = values_and_gradients(op, arguments, "reference")
+    x, slow, *rest = arguments
+    rounded = (x.astype(jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), slow), *rest)
+    got = values_and_gradients(op, rounded, KERNEL)
+    assert got[0][0].dtype == jnp.bfloat16
+    assert got[0][1]["memory"][0].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(a)
+
+
+def test_gradient_agrees_with_finite_differences():
+    op, arguments = self_referential_call(time=20, batch=1, starts=starts_of(20, batch=1))
+    weight = normals(3)(1, 20, 2, 16)
+
+    @jax.jit
+    def loss(arguments):
+        return jnp.sum(op(*arguments, KERNEL)[0] * weight)
+
+    slopes = jax.jit(jax.grad(loss))(arguments)
+    direction = jax.tree.map(lambda a: normals(a.size)(*a.shape), arguments)
+    step = 1e-3
+    ahead, behind = (
+        loss(jax.tree.map(lambda a, d, s=sign: a + s * step * d, arguments, direction))
+        for sign in (1, -1)
+    )
+    along = sum(
+        jnp.sum(a * b) for a, b in zip(*map(jax.tree.leaves, (slopes, direction)), strict=True)
+    )
+    np.testing.assert_allclose((ahead - behind) / (2 * step), along, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("chunk", "gradient", "reason"),
+    [(16, "stop", "inner updates, got inner_gradient=stop"), (24, "full", "chunks of .* got 24")],
+)
+def test_what_the_kernel_does_not_take_is_an_error_that_says_why(chunk, gradient, reason):
+    _, (x, slow, initial, biases, _) = self_referential_call(time=16)
+    slow = Slow(**{**dict.fromkeys(("k", "v", *GATES, "beta")), **slow, **biases})
+    with pytest.raises(ValueError, match=reason):
+        self_referential(
+            x, slow, initial, chunk_memory=chunk, chunk_projections=chunk,
+            inner_gradient=gradient, form=KERNEL,
+        )  # fmt: skip
