@@ -130,3 +130,22 @@ def from_matrices(
     if is_matrix(info, like) and info.role != "memory_init":
         return jnp.swapaxes(matrices, -1, -2)
     return matrices.reshape(like.shape)
+
+
+def each(
+    results: int,
+    function: Callable[..., tuple],
+    tree: PyTree,
+    *rest: PyTree,
+    info: PyTree[ParamInfo] | None = None,
+) -> tuple[PyTree, ...]:
+    """As `with_info`, for a function with several results: returns one tree for each of them."""
+    rows = with_info(lambda *args: _Row(function(*args)), tree, *rest, info=info)
+    return tuple(jax.tree.map(lambda row, i=i: row.of[i], rows) for i in range(results))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The results for one leaf, which `jax.tree` takes for a leaf."""
+
+    of: tuple

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array, PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -168,6 +169,108 @@ class MuonConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig:
+    """Gradient descent, with momentum or without.
+
+    Attributes:
+      momentum: Share of the momentum that survives a step; 0 for none.
+      nesterov: Whether the gradient is weighed in once more.
+      state_dtype: Of the momentum; None for the parameters' own.
+    """
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = False
+    state_dtype: StateDtype | None = None
+
+    def __post_init__(self):
+        check_shares(momentum=self.momentum)
+
+    def build(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        *,
+        weight_decay: float = 0.0,
+        info: PyTree[ParamInfo] | None = None,
+    ) -> optax.GradientTransformation:
+        """Makes the optimizer, see `descend` for the arguments."""
+        momentum = optax.identity()
+        if self.momentum > 0:
+            momentum = optax.trace(self.momentum, self.nesterov, self.state_dtype)
+        return optax.chain(momentum, descend(learning_rate, weight_decay=weight_decay, info=info))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LionConfig:
+    """Lion: the sign of a momentum.
+
+    Attributes:
+      b1: Share of the momentum in the sign.
+      b2: Share of the momentum that survives a step.
+      state_dtype: Of the momentum; None for the parameters' own.
+    """
+
+    kind: Literal["lion"] = "lion"
+    b1: float = 0.9
+    b2: float = 0.99
+    state_dtype: StateDtype | None = None
+
+    def __post_init__(self):
+        check_shares(b1=self.b1, b2=self.b2)
+
+    def build(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        *,
+        weight_decay: float = 0.0,
+        info: PyTree[ParamInfo] | None = None,
+    ) -> optax.GradientTransformation:
+        """Makes the optimizer, see `descend` for the arguments."""
+        lion = optax.scale_by_lion(self.b1, self.b2, mu_dtype=self.state_dtype)
+        return optax.chain(lion, descend(learning_rate, weight_decay=weight_decay, info=info))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdEMAMixConfig:
+    """Adam with a second, slow momentum.
+
+    Attributes:
+      b1: Share of the fast momentum that survives a step.
+      b2: Share of the second moment that survives a step.
+      b3: Share of the slow momentum that survives a step.
+      slow: Weight of the slow momentum.
+      eps: Added to the root of the second moment.
+      state_dtype: Of the momenta; None for the parameters' own.
+    """
+
+    kind: Literal["ademamix"] = "ademamix"
+    b1: float = 0.9
+    b2: float = 0.95
+    b3: float = 0.999
+    slow: float = 5.0
+    eps: float = 1e-8
+    state_dtype: StateDtype | None = None
+
+    def __post_init__(self):
+        check_shares(b1=self.b1, b2=self.b2, b3=self.b3)
+        check_positive(eps=self.eps)
+        check_weight(slow=self.slow)
+
+    def build(
+        self,
+        learning_rate: optax.ScalarOrSchedule,
+        *,
+        weight_decay: float = 0.0,
+        info: PyTree[ParamInfo] | None = None,
+    ) -> optax.GradientTransformation:
+        """Makes the optimizer, see `descend` for the arguments."""
+        mix = optax.contrib.scale_by_ademamix(
+            self.b1, self.b2, self.b3, self.slow, eps=self.eps, mu_dtype=self.state_dtype
+        )
+        return optax.chain(mix, descend(learning_rate, weight_decay=weight_decay, info=info))
+
+
 def scale_by_shape(rms: float) -> optax.GradientTransformation:
     """Gives orthogonalised matrices one root mean square, whatever their shape.
 
@@ -202,10 +305,9 @@ def descend(
     Raises:
       ValueError: A rate is negative.
     """
-    if not callable(learning_rate) and learning_rate < 0:
-        raise ValueError(f"learning_rate must be at least 0, got {learning_rate}")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+    check_weight(weight_decay=weight_decay)
+    if not callable(learning_rate):
+        check_weight(learning_rate=learning_rate)
     step = optax.scale_by_learning_rate(learning_rate)
     if weight_decay == 0:
         return step
@@ -226,3 +328,15 @@ def check_positive(**numbers: float) -> None:
         if not number > 0:
             least = "at least 1" if isinstance(number, int) else "above 0"
             raise ValueError(f"{name} must be {least}, got {number}")
+
+
+def check_weight(**numbers: float) -> None:
+    """Raises ValueError unless every number is at least 0."""
+    for name, number in numbers.items():
+        if not number >= 0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
+
+
+def divide(x: Array, by: Array) -> Array:
+    """`x / by`, and `x` where `by` is 0 or below."""
+    return x / jnp.where(by > 0, by, 1)

@@ -1,19 +1,73 @@
-"""The table of optimizers, and the config that puts schedule and clipping around one of them."""
+"""The table of optimizers, and the config that puts schedule, clipping and clock around one."""
 
 from dataclasses import dataclass, field
 
 import optax
 from jaxtyping import PyTree
 
+from hope_jax.optimizers.context import ContextSteeredConfig
+from hope_jax.optimizers.delta import DeltaMomentumConfig, GMConfig
+from hope_jax.optimizers.dgd import DGDConfig, GGDConfig
+from hope_jax.optimizers.dmgd import DMGDConfig
 from hope_jax.optimizers.levels import LevelsConfig, levels, stretched
+from hope_jax.optimizers.m3 import M3Config, M3PrintedConfig
+from hope_jax.optimizers.momentum import (
+    FeatureMomentumConfig,
+    OutputMomentumConfig,
+    PreconditionedMomentumConfig,
+)
 from hope_jax.optimizers.parameters import ParamInfo
-from hope_jax.optimizers.standard import AdamWConfig, MuonConfig, ScheduleConfig
+from hope_jax.optimizers.regression import AdamMemoryConfig, OuterMemoryConfig
+from hope_jax.optimizers.standard import (
+    AdamWConfig,
+    AdEMAMixConfig,
+    LionConfig,
+    MuonConfig,
+    ScheduleConfig,
+    SGDConfig,
+    check_weight,
+)
 
-Rule = AdamWConfig | MuonConfig
+Rule = (
+    AdamWConfig
+    | MuonConfig
+    | SGDConfig
+    | LionConfig
+    | AdEMAMixConfig
+    | DGDConfig
+    | GGDConfig
+    | PreconditionedMomentumConfig
+    | FeatureMomentumConfig
+    | OutputMomentumConfig
+    | DeltaMomentumConfig
+    | GMConfig
+    | DMGDConfig
+    | AdamMemoryConfig
+    | OuterMemoryConfig
+    | ContextSteeredConfig
+    | M3Config
+    | M3PrintedConfig
+)
 
 OPTIMIZERS: dict[str, type[Rule]] = {
     "adamw": AdamWConfig,
     "muon": MuonConfig,
+    "sgd": SGDConfig,
+    "lion": LionConfig,
+    "ademamix": AdEMAMixConfig,
+    "dgd": DGDConfig,
+    "ggd": GGDConfig,
+    "preconditioned_momentum": PreconditionedMomentumConfig,
+    "feature_momentum": FeatureMomentumConfig,
+    "output_momentum": OutputMomentumConfig,
+    "delta_momentum": DeltaMomentumConfig,
+    "gm": GMConfig,
+    "dmgd": DMGDConfig,
+    "adam_memory": AdamMemoryConfig,
+    "outer_memory": OuterMemoryConfig,
+    "context_steered": ContextSteeredConfig,
+    "m3": M3Config,
+    "m3_printed": M3PrintedConfig,
 }
 """Every optimizer by the `kind` of its config."""
 
@@ -39,10 +93,7 @@ class OptimizerConfig:
     levels: LevelsConfig | None = None
 
     def __post_init__(self):
-        if self.learning_rate < 0:
-            raise ValueError(f"learning_rate must be at least 0, got {self.learning_rate}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        check_weight(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for none, got {self.clip}")
 
