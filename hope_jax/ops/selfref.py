@@ -81,7 +81,12 @@ class Views(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """The keywords of `self_referential`, checked."""
+    """The keywords of `self_referential`, checked.
+
+    Attributes:
+      repeats: How often an MLP's layer may see one key under one held error and still settle; its
+        step is `write / (1 + repeats write |key|^2)`.
+    """
 
     objective: str
     dgd: bool
@@ -93,6 +98,7 @@ class Setting(NamedTuple):
     chunk_memory: int
     chunk_projections: int
     write_max: float
+    repeats: int = 1
 
 
 def self_referential(
@@ -294,7 +300,7 @@ def _update(setting, name, initial, state, momentum, held, target, views):
     for layer, matrix in enumerate(state):
         step = views.write
         if len(state) > 1:
-            step = step / (1 + step * jnp.sum(keys[layer] ** 2))
+            step = step / (1 + setting.repeats * step * jnp.sum(keys[layer] ** 2))
         change = -step * gradients[layer]
         if momentum is not None:
             change = (1 - views.momentum) * change + views.momentum * momentum[layer]
@@ -505,14 +511,14 @@ def _lessons(setting, name, initial, held, opening, views):
     slope = pull(_product(*transposed, opening, error))[0]
     inner, slope, error = constant((inner, slope, error))
     return [
-        _Lesson(inner, _proximal(views.write, inner), error),
-        _Lesson(key, _proximal(views.write, key), slope),
+        _Lesson(inner, _proximal(setting, views.write, inner), error),
+        _Lesson(key, _proximal(setting, views.write, key), slope),
     ]
 
 
-def _proximal(write, key):
+def _proximal(setting, write, key):
     """The step of an MLP's layer, which keeps `retain - step |key|^2` inside (-1, 1)."""
-    return write / (1 + write * jnp.sum(key**2, -1))
+    return write / (1 + setting.repeats * write * jnp.sum(key**2, -1))
 
 
 def _read(setting, initial, held, opening, paths, query):
