@@ -195,7 +195,7 @@ def test_what_cannot_be_is_refused_with_the_rule():
     with pytest.raises(ValueError, match="period must be at least 1, got -2"):
         hopt.every(optax.sgd(0.1), -2)
     with pytest.raises(ValueError, match="reduce must be mean or sum, got 'max'"):
-        hopt.LevelsConfig(periods=(1, 2), reduce="max")
+        hopt.levels(lambda _: optax.sgd(0.1), (1, 2), reduce="max")
     tx = hopt.levels(lambda _: optax.sgd(0.1), (1, 2), info=some_info())
     with pytest.raises(ValueError, match="got 2 entries and a parameter of level 2"):
         tx.init(some_params())

@@ -275,7 +275,7 @@ def test_its_config_is_what_the_table_says_and_refuses_negative_rates(name):
     with pytest.raises(ValueError, match=r"learning_rate must be at least 0, got -0\.1"):
         config.build(-0.1)
     with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
-        config.build(0.1, weight_decay=-1)
+        config.build(0.1, weight_decay=-1.0)
     for field in dataclasses.fields(config):
         if isinstance(field.default, float):
             with pytest.raises(ValueError, match=f"{field.name} must .*, got -1"):
@@ -288,18 +288,17 @@ def test_its_config_is_what_the_table_says_and_refuses_negative_rates(name):
         (lambda: hopt.M3Config(period=0), "period must be at least 1, got 0"),
         (lambda: hopt.DMGDConfig(depth=0), "depth must lie in 1 to 4, got 0"),
         (lambda: hopt.DMGDConfig(hidden=0), "hidden must be at least 1, got 0"),
-        (lambda: hopt.DMGDConfig(shared="all"), "shared must be coordinates or rows, got 'all'"),
+        (lambda: hopt.scale_by_dmgd(shared="all"), "shared must be coordinates or rows, got 'all'"),
         (lambda: hopt.OuterMemoryConfig(refresh=0), "refresh must be at least 1, got 0"),
-        (lambda: hopt.GMConfig(objective="l3"), "must be one of dot, l2, huber.*, got 'l3'"),
-        (lambda: hopt.GGDConfig(objective="l3"), "must be one of dot, l2, huber.*, got 'l3'"),
+        (lambda: hopt.scale_by_gm(objective="l3"), "must be one of dot, l2, huber.*, got 'l3'"),
+        (lambda: hopt.ggd(0.1, objective="l3"), "must be one of dot, l2, huber.*, got 'l3'"),
         (
-            lambda: hopt.FeatureMomentumConfig(feature_map="x"),
+            lambda: hopt.feature_momentum(0.1, feature_map="x"),
             "feature_map must be one of identity",
         ),
-        (lambda: hopt.ContextSteeredConfig(context="x"), "context must be one of none, adagrad"),
+        (lambda: hopt.scale_by_context("x"), "context must be one of none, adagrad"),
         (lambda: hopt.OptimizerConfig(clip=0.0), "clip must be above 0"),
         (lambda: hopt.ScheduleConfig(warmup=2.0), r"warmup must lie in \[0, 1\], got 2.0"),
-        (lambda: hopt.ScheduleConfig(kind="line"), "kind must be cosine, wsd or constant"),
         (lambda: hopt.ScheduleConfig().build(1.0, 0), "steps must be at least 1, got 0"),
     ],
 )

@@ -72,8 +72,8 @@ def newton_schulz(
 
 
 def newton_schulz_all(
-    stacks: Sequence[Float[Array, "*stack _rows _columns"]],
-) -> list[Float[Array, "*stack _rows _columns"]]:
+    stacks: Sequence[Float[Array, "... _rows _columns"]],
+) -> list[Float[Array, "... _rows _columns"]]:
     """Orthogonalises many stacks of matrices, those of equal shape in one batch.
 
     Where a mesh is in use, the matrices of a batch are dealt out to all of its devices, whole ones,

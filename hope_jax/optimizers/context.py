@@ -41,7 +41,7 @@ class ContextSteeredConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        check_shares(decay=self.decay)
+        check_shares({"decay": self.decay})
         momentum = optax.chain(
             optax.trace(self.decay, accumulator_dtype=self.state_dtype),
             descend(learning_rate, weight_decay=weight_decay, info=info),
@@ -72,7 +72,7 @@ def scale_by_context(
     References:
       Behrouz et al., "Nested Learning", 2025, sections 4.2-4.5 and appendix C.
     """
-    check_shares(b2=b2)
+    check_shares({"b2": b2})
     contexts = {
         "none": optax.identity(),
         "adagrad": optax.scale_by_rss(0.0, 1e-30),

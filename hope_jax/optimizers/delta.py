@@ -133,8 +133,8 @@ def scale_by_delta_momentum(
     References:
       Behrouz et al., "Nested Learning", 2025, equations 48-49.
     """
-    check_shares(decay=decay, b2=b2)
-    check_positive(eps=eps)
+    check_shares({"decay": decay, "b2": b2})
+    check_positive({"eps": eps})
     if not 0 <= erase <= 1:
         raise ValueError(f"erase must lie in [0, 1], got {erase}")
 
@@ -167,7 +167,7 @@ def scale_by_gm(
     References:
       Behrouz et al., "Nested Learning", 2025, section 4.5 and equations 59-60.
     """
-    check_shares(decay=decay)
+    check_shares({"decay": decay})
     if not 0 < write <= 1:
         raise ValueError(f"write must lie in (0, 1], got {write}")
     loss = objective_named(objective)

@@ -28,7 +28,7 @@ class DGDConfig:
     key_norm: float = 1.0
 
     def __post_init__(self):
-        check_positive(key_norm=self.key_norm)
+        check_positive({"key_norm": self.key_norm})
 
     def build(
         self,
@@ -56,7 +56,7 @@ class GGDConfig:
 
     def __post_init__(self):
         objective_named(self.objective)
-        check_positive(key_norm=self.key_norm)
+        check_positive({"key_norm": self.key_norm})
 
     def build(
         self,
@@ -106,7 +106,7 @@ def scale_by_proximal_step(
     References:
       Behrouz et al., "Nested Learning", 2025, equations 56-57 and 112-121.
     """
-    check_positive(key_norm=key_norm)
+    check_positive({"key_norm": key_norm})
     curvature = 0.0 if objective_named(objective) is OBJECTIVES["dot"] else key_norm**2
 
     def init(params: optax.Params) -> ProximalState:

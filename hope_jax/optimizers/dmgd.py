@@ -21,7 +21,7 @@ from hope_jax.optimizers.parameters import (
 )
 from hope_jax.optimizers.standard import check_positive, check_shares, descend, divide
 
-Network = tuple[Float[Array, "*stack into out"], ...]
+Network = tuple[Float[Array, "... _into _out"], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +133,8 @@ def scale_by_dmgd(
     References:
       Behrouz et al., "Nested Learning", 2025, equation 50.
     """
-    check_shares(decay=decay, b2=b2)
-    check_positive(hidden=hidden, rate=rate)
+    check_shares({"decay": decay, "b2": b2})
+    check_positive({"hidden": hidden, "rate": rate})
     if not 1 <= depth <= 4:
         raise ValueError(f"depth must lie in 1 to 4, got {depth}")
     if shared not in ("coordinates", "rows"):

@@ -46,7 +46,7 @@ class EveryState(NamedTuple):
 
 
 def every(
-    inner: optax.GradientTransformation, period: int, *, reduce: Reduce = "mean"
+    inner: optax.GradientTransformation, period: int, *, reduce: str = "mean"
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an optimizer act at steps `period`, `2 period`, ... on the gradients in between.
 
@@ -98,7 +98,7 @@ def levels(
     inner: Callable[[int], optax.GradientTransformation],
     periods: Sequence[int],
     *,
-    reduce: Reduce = "mean",
+    reduce: str = "mean",
     info: PyTree[ParamInfo] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets the parameters of level l move every `periods[l]` optimizer steps.

@@ -181,9 +181,9 @@ def scale_by_m3(
     References:
       Behrouz et al., "Nested Learning", 2025, algorithm 1. Jordan, "Muon", 2024.
     """
-    check_shares(b1=b1, b2=b2, b3=b3)
-    check_positive(period=period, damping=damping)
-    check_weight(slow=slow)
+    check_shares({"b1": b1, "b2": b2, "b3": b3})
+    check_positive({"period": period, "damping": damping})
+    check_weight({"slow": slow})
 
     def add(state: M3State, grads: optax.Updates) -> tuple[optax.Updates, ...]:
         # What a period leaves of M2 is taken from it when its first gradient comes.
@@ -227,9 +227,9 @@ def scale_by_m3_printed(
     References:
       Behrouz et al., "Nested Learning", 2025, algorithm 1.
     """
-    check_shares(b1=b1, b2=b2, b3=b3)
-    check_positive(period=period, eps=eps)
-    check_weight(slow=slow)
+    check_shares({"b1": b1, "b2": b2, "b3": b3})
+    check_positive({"period": period, "eps": eps})
+    check_weight({"slow": slow})
 
     def add(state: M3State, grads: optax.Updates) -> tuple[optax.Updates, ...]:
         return (
@@ -259,7 +259,7 @@ def m3(
     info: PyTree[ParamInfo] | None = None,
 ) -> optax.GradientTransformation:
     """See `scale_by_m3` and `descend`; updates scaled as Muon's, AdamW for what is no matrix."""
-    check_positive(rms=rms)
+    check_positive({"rms": rms})
     matrix = scale_by_m3(
         b1=b1, b2=b2, b3=b3, slow=slow, period=period, damping=damping, state_dtype=state_dtype
     )

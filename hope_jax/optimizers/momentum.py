@@ -197,8 +197,8 @@ def scale_by_preconditioned_momentum(
     References:
       Behrouz et al., "Nested Learning", 2025, equations 46-47.
     """
-    check_shares(decay=decay, b2=b2)
-    check_positive(eps=eps)
+    check_shares({"decay": decay, "b2": b2})
+    check_positive({"eps": eps})
     return optax.chain(
         precondition(preconditioner, b2=b2, eps=eps, info=info),
         optax.trace(decay, accumulator_dtype=state_dtype),
@@ -222,7 +222,7 @@ def scale_by_feature_momentum(
     References:
       Behrouz et al., "Nested Learning", 2025, equation 51.
     """
-    check_shares(decay=decay)
+    check_shares({"decay": decay})
     return optax.chain(
         matrix_map(_named(feature_map, "feature_map"), info=info),
         optax.trace(decay, accumulator_dtype=state_dtype),
@@ -246,7 +246,7 @@ def scale_by_output_momentum(
     References:
       Behrouz et al., "Nested Learning", 2025, equation 52. Jordan, "Muon", 2024.
     """
-    check_shares(decay=decay)
+    check_shares({"decay": decay})
     if nonlinearity == "newton_schulz":
         read = orthogonalize()
     else:
@@ -313,7 +313,7 @@ def output_momentum(
 
     With Newton-Schulz it is Muon without Nesterov's look ahead, and AdamW for what is no matrix.
     """
-    check_positive(rms=rms)
+    check_positive({"rms": rms})
     momentum = scale_by_output_momentum(
         decay, nonlinearity=nonlinearity, state_dtype=state_dtype, info=info
     )

@@ -164,8 +164,8 @@ def scale_by_adam_memory(
     References:
       Behrouz et al., "Nested Learning", 2025, equations 101-105.
     """
-    check_shares(b1=b1, b2=b2)
-    check_positive(eps=eps)
+    check_shares({"b1": b1, "b2": b2})
+    check_positive({"eps": eps})
     if not callable(target) and target not in TARGETS:
         raise ValueError(f"target must be root or sum, or a function, got {target!r}")
     answer = target if callable(target) else TARGETS[target]
@@ -228,8 +228,8 @@ def scale_by_outer_memory(
       Behrouz et al., "Nested Learning", 2025, equations 106-111. Duchi et al., "Adaptive
       subgradient methods", 2011.
     """
-    check_shares(b1=b1)
-    check_positive(eps=eps, refresh=refresh, largest=largest)
+    check_shares({"b1": b1})
+    check_positive({"eps": eps, "refresh": refresh, "largest": largest})
 
     def whole(one: ParamInfo, x: Array) -> bool:
         rows = one.role == "embedding" and x.size > 0

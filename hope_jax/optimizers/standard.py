@@ -1,5 +1,6 @@
 """The optimizers that optax has, and the learning-rate schedules around every optimizer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,8 +90,8 @@ class AdamWConfig:
     state_dtype: StateDtype | None = None
 
     def __post_init__(self):
-        check_shares(b1=self.b1, b2=self.b2)
-        check_positive(eps=self.eps)
+        check_shares({"b1": self.b1, "b2": self.b2})
+        check_positive({"eps": self.eps})
 
     def build(
         self,
@@ -134,8 +135,8 @@ class MuonConfig:
     state_dtype: StateDtype | None = None
 
     def __post_init__(self):
-        check_shares(momentum=self.momentum, b1=self.b1, b2=self.b2)
-        check_positive(steps=self.steps, rms=self.rms, eps=self.eps)
+        check_shares({"momentum": self.momentum, "b1": self.b1, "b2": self.b2})
+        check_positive({"steps": self.steps, "rms": self.rms, "eps": self.eps})
 
     def build(
         self,
@@ -185,7 +186,7 @@ class SGDConfig:
     state_dtype: StateDtype | None = None
 
     def __post_init__(self):
-        check_shares(momentum=self.momentum)
+        check_shares({"momentum": self.momentum})
 
     def build(
         self,
@@ -217,7 +218,7 @@ class LionConfig:
     state_dtype: StateDtype | None = None
 
     def __post_init__(self):
-        check_shares(b1=self.b1, b2=self.b2)
+        check_shares({"b1": self.b1, "b2": self.b2})
 
     def build(
         self,
@@ -253,9 +254,9 @@ class AdEMAMixConfig:
     state_dtype: StateDtype | None = None
 
     def __post_init__(self):
-        check_shares(b1=self.b1, b2=self.b2, b3=self.b3)
-        check_positive(eps=self.eps)
-        check_weight(slow=self.slow)
+        check_shares({"b1": self.b1, "b2": self.b2, "b3": self.b3})
+        check_positive({"eps": self.eps})
+        check_weight({"slow": self.slow})
 
     def build(
         self,
@@ -305,9 +306,9 @@ def descend(
     Raises:
       ValueError: A rate is negative.
     """
-    check_weight(weight_decay=weight_decay)
+    check_weight({"weight_decay": weight_decay})
     if not callable(learning_rate):
-        check_weight(learning_rate=learning_rate)
+        check_weight({"learning_rate": learning_rate})
     step = optax.scale_by_learning_rate(learning_rate)
     if weight_decay == 0:
         return step
@@ -315,14 +316,14 @@ def descend(
     return optax.chain(decay, step)
 
 
-def check_shares(**shares: float) -> None:
+def check_shares(shares: Mapping[str, float | int]) -> None:
     """Raises ValueError unless every number lies in [0, 1)."""
     for name, share in shares.items():
         if not 0 <= share < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {share}")
 
 
-def check_positive(**numbers: float) -> None:
+def check_positive(numbers: Mapping[str, float | int]) -> None:
     """Raises ValueError unless every number is above 0, whole ones at least 1."""
     for name, number in numbers.items():
         if not number > 0:
@@ -330,13 +331,13 @@ def check_positive(**numbers: float) -> None:
             raise ValueError(f"{name} must be {least}, got {number}")
 
 
-def check_weight(**numbers: float) -> None:
+def check_weight(numbers: Mapping[str, float | int]) -> None:
     """Raises ValueError unless every number is at least 0."""
     for name, number in numbers.items():
         if not number >= 0:
             raise ValueError(f"{name} must be at least 0, got {number}")
 
 
-def divide(x: Array, by: Array) -> Array:
+def divide(x: Array, by: Array | float) -> Array:
     """`x / by`, and `x` where `by` is 0 or below."""
     return x / jnp.where(by > 0, by, 1)

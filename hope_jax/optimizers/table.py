@@ -93,7 +93,7 @@ class OptimizerConfig:
     levels: LevelsConfig | None = None
 
     def __post_init__(self):
-        check_weight(learning_rate=self.learning_rate, weight_decay=self.weight_decay)
+        check_weight({"learning_rate": self.learning_rate, "weight_decay": self.weight_decay})
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be above 0, or null for none, got {self.clip}")
 
