@@ -7,6 +7,7 @@ from hope_jax.modules.attention import AttentionConfig
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 from hope_jax.modules.memory import AssociativeConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
+from hope_jax.modules.titans import TitansConfig
 
 VOCABULARY = 31
 
@@ -32,6 +33,7 @@ MODELS = {
     "hope_l2_current": _model(_hope(objective="l2", read="current"), INDEPENDENT, tie=False),
     "hope_attention": _model(AttentionConfig(heads=2, window=11), CONTINUUM),
     "transformer": _model(AttentionConfig(heads=4, groups=2, window=64)),
+    "titans": _model(TitansConfig(heads=2, chunk=4)),
     "gated_deltanet": _model(AssociativeConfig(heads=2, rule="gated_delta", chunk=4)),
     "fastkv_hope": _model(
         AssociativeConfig(heads=2, rule="hebbian", feature_map="elu", normalizer=True, chunk=4),

@@ -14,10 +14,11 @@ from hope_jax.modules.continuum import ContinuumConfig, ContinuumMemory
 from hope_jax.modules.layers import Embedding, RMSNorm
 from hope_jax.modules.memory import AssociativeConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
+from hope_jax.modules.titans import TitansConfig
 from hope_jax.shapes import Activations, Logits, Starts, Tokens
 from hope_jax.sharding import constrain
 
-MixerConfig = SelfModifyingTitansConfig | AttentionConfig | AssociativeConfig
+MixerConfig = SelfModifyingTitansConfig | AttentionConfig | TitansConfig | AssociativeConfig
 Memory = Any  # a pytree; each sequence layer has its own
 
 REMAT = {

@@ -99,7 +99,8 @@ class Convolution(nnx.Module):
 
     def __init__(self, width: int, window: int, *, key: PRNGKeyArray):
         self.window = window
-        weight = normal(key, (window, width), 0.1 / sqrt(window)).at[-1].add(1.0)
+        # Mixes neighbours from the start: what binds a value to the key before it.
+        weight = normal(key, (window, width), 1 / sqrt(window))
         self.weight = parameter(weight, (None, "heads"), "vector")
 
     def __call__(
@@ -116,15 +117,16 @@ class Embedding(nnx.Module):
     """Turns token ids into vectors; the same table may score the next token."""
 
     def __init__(self, vocabulary: int, width: int, *, key: PRNGKeyArray):
-        self.width = width
-        # A final norm leaves vectors of length sqrt(width): these give logits of deviation 1/2.
+        # A final norm leaves vectors of length sqrt(width): these give logits of deviation 1/2. On
+        # the way in they are small beside what the blocks add, so that a tied table does not make
+        # a fresh model sure that every token comes twice.
         table = normal(key, (vocabulary, width), 0.5 / sqrt(width))
         self.table = parameter(table, ("vocabulary", "embed"), "embedding")
 
     def __call__(self, tokens: Tokens, dtype: jnp.dtype) -> Activations:
-        """Looks the rows up, at a scale of one half."""
+        """Looks the rows up."""
         table = constrain(self.table[...].astype(dtype), ("vocabulary", "embed_out"))
-        return constrain(table[tokens] * sqrt(self.width), ("batch", "time", "embed_out"))
+        return constrain(table[tokens], ("batch", "time", "embed_out"))
 
 
 def split_heads(x: Float[Array, "B T E"], heads: int) -> Float[Array, "B T H K"]:

@@ -50,7 +50,7 @@ class AssociativeConfig:
         """Makes the layer for a model of `width` and `depth` layers."""
         return AssociativeMemory(self, width, depth=depth, key=key)
 
-    def flops(self, width: int, context: int) -> float:
+    def flops(self, width: int, context: int) -> float:  # noqa: ARG002 (it does not matter here)
         """FLOPs a token beside the projections: recall, correct, write, read."""
         each = head_width(width, self.heads, self.head_width)
         return self.heads * 8 * each * each

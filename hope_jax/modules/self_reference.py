@@ -86,7 +86,7 @@ class SelfModifyingTitansConfig:
         """Makes the layer for a model of `width` and `depth` layers."""
         return SelfModifyingTitans(self, width, depth=depth, key=key)
 
-    def flops(self, width: int, context: int) -> float:
+    def flops(self, width: int, context: int) -> float:  # noqa: ARG002 (it does not matter here)
         """FLOPs a token beside the slow projections, counted on the token recurrence.
 
         Each adaptive memory reads the input, makes its target, recalls the key and writes.

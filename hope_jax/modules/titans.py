@@ -47,7 +47,7 @@ class TitansConfig:
         """Makes the layer for a model of `width` and `depth` layers."""
         return NeuralMemory(self, width, depth=depth, key=key)
 
-    def flops(self, width: int, context: int) -> float:
+    def flops(self, width: int, context: int) -> float:  # noqa: ARG002 (it does not matter here)
         """FLOPs a token beside the projections: forward, backward, write and read of the MLP."""
         each = head_width(width, self.heads, self.head_width)
         return self.heads * self.expansion * 20 * each * each
