@@ -1,0 +1,27 @@
+"""Every config of the project loads, and is as large as its name says."""
+
+from pathlib import Path
+
+import pytest
+
+from hope_jax import config
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+NOMINAL = {"150m": 150e6, "380m": 380e6, "760m": 760e6, "1.3b": 1.3e9}
+FAMILIES = ["fastkv_hope", "gated_deltanet", "hope", "hope_attention", "titans", "transformer"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_loads_and_says_what_it_is(path):
+    experiment = config.load(path)
+    assert path.read_text("utf-8").startswith("# ")
+    assert experiment.model.vocabulary == experiment.data.vocabulary
+
+
+@pytest.mark.parametrize("size", NOMINAL)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_has_the_size_of_its_name(family, size):
+    path = Path(__file__).parent.parent / "configs" / f"{family}_{size}.yaml"
+    count = config.load(path).model.parameters()
+    print(f"{path.stem}: {count:,} parameters")
+    assert count == pytest.approx(NOMINAL[size], rel=0.03)
