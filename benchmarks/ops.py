@@ -224,10 +224,10 @@ def launches(rows, shape):
     for op, dims, chunk, warps, stages, both in cases:
         arrays = narrow(inputs(op, *dims), "bfloat16")
         launch = gpu.Launch(warps, stages)
-        plan, sequence = caught(op, chunk, arrays)
         label = f"{op:18} {dims!s:20} C={chunk} warps={warps} stages={stages}"
+        text = ""
         try:
-            text = ""
+            plan, sequence = caught(op, chunk, arrays)
             for keep in (False, True):
                 run = partial(gpu.forward, plan, keep=keep, launch=launch)
                 spent, compiling = milliseconds(run, sequence)
@@ -255,8 +255,10 @@ def caught(op, chunk, arrays):
         return scan(plan, sequence)
 
     fused._scan = spy
-    call(op, KERNELS[platform()], chunk, arrays)
-    fused._scan = scan
+    try:
+        call(op, KERNELS[platform()], chunk, arrays)
+    finally:
+        fused._scan = scan
     return found[0]
 
 

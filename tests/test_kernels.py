@@ -195,3 +195,30 @@ def test_what_the_kernel_does_not_take_is_an_error_that_says_why(chunk, gradient
             x, slow, initial, chunk_memory=chunk, chunk_projections=chunk,
             inner_gradient=gradient, form=KERNEL,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chunk", "fits"),
+    [(jnp.bfloat16, 64, True), (jnp.float32, 32, True), (jnp.float32, 64, False)],
+)
+def test_memories_that_do_not_fit_on_chip_are_refused(dtype, chunk, fits):
+    normal = normals(4)
+    x, q = normal(1, 64, 1, 64).astype(dtype), normal(1, 64, 1, 64).astype(dtype)
+    initial = {name: (normal(1, 64, 64),) for name in ("k", "v", "memory")}
+    gate = normal(1, 64, 1)
+    bias = jnp.zeros(1)
+    slow = Slow(None, None, q, gate, gate, None, bias, bias)
+
+    def shapes():
+        return jax.eval_shape(
+            lambda x: self_referential(
+                x, slow, initial, chunk_memory=chunk, chunk_projections=chunk, form=KERNEL
+            )[0],
+            x,
+        )
+
+    if fits:
+        assert shapes().shape == x.shape
+    else:
+        with pytest.raises(ValueError, match="on-chip memory does not hold chunks of 64"):
+            shapes()

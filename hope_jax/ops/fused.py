@@ -103,6 +103,14 @@ def refusal(plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
     if any(width not in (16, 32, 64, 128) for width in widths):
         got = " and ".join(map(str, widths))
         return f"the kernels take heads of 16, 32, 64 or 128 features, got {got}"
+    adaptive = len(plan.names) > 1
+    widest = max(widths)
+    tile = plan.chunk * max(plan.chunk, widest) * jnp.dtype(dtype).itemsize
+    if tile > (8192 if adaptive else 16384) or (adaptive and widest > 64):
+        return (
+            f"on-chip memory does not hold chunks of {plan.chunk} tokens with {widest} features "
+            f"of {len(plan.names)} {'memories' if adaptive else 'memory'} in {dtype}"
+        )
     return None
 
 
