@@ -25,8 +25,8 @@ def unit(x):
 
 def random_call(*, deep=True, starts=False, carried=False, bounds=False, time=13, batch=2, heads=2):
     """The op's arrays by name, starts among them."""
-    keys = iter(jax.random.split(jax.random.key(0), 30))
-    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape))  # noqa: E731
     values, hidden, width = (4, 5, 4) if deep else (3, None, 4)
 
     def matrices(*front):
@@ -48,7 +48,7 @@ def random_call(*, deep=True, starts=False, carried=False, bounds=False, time=13
     }
     initial = matrices(heads)
     parts = tuple(matrices(batch, heads) for _ in range(3)) if carried else None
-    where = jax.random.bernoulli(next(keys), 0.2, (batch, time)) if starts else None
+    where = jnp.asarray(random.random((batch, time)) < 0.2) if starts else None
     return tokens, initial, parts, where
 
 
