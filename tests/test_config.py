@@ -107,9 +107,9 @@ def test_every_config_of_the_project_is_valid_and_says_what_it_is(path, tmp_path
             "whole section, as in model.mixer='{kind: attention}'",
         ),
         (
-            "model.mixer.kind=titans",
-            "model.mixer.window=32 is a setting of kind attention, not of titans: replace the "
-            "whole section, as in model.mixer='{kind: titans}'",
+            "model.mixer.kind=associative",
+            "model.mixer.window=32 is a setting of kind attention, not of associative: replace the "
+            "whole section, as in model.mixer='{kind: associative}'",
         ),
         ("model.continuum.levels.2.hidden=1", "2 must be an index below 2, the length of the list"),
         ("model.continuum.levels.a.hidden=1", "a must be an index below 2, the length of the list"),
