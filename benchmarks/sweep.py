@@ -84,9 +84,14 @@ def sweep(name, experiment, rates, seeds, every):
         updates = jax.tree.map(lambda u: rate * u, updates)
         return optax.apply_updates(params, updates), state, loss
 
+    def each(function, *stacked):
+        if experiment.model.mixer.kind == "attention":  # cuDNN's masks cannot be mapped
+            return jax.lax.map(lambda one: function(*one), stacked)
+        return jax.vmap(function)(*stacked)
+
     @partial(jax.jit, donate_argnums=(0, 1))
     def step_all(params, state, rates, batch):
-        return jax.vmap(step, in_axes=(0, 0, 0, None))(params, state, rates, batch)
+        return each(lambda *one: step(*one, batch), params, state, rates)
 
     @jax.jit
     def score_all(params, batch):
@@ -99,7 +104,7 @@ def sweep(name, experiment, rates, seeds, every):
                 right = jnp.sum(weights * (jnp.argmax(logits, -1) == batch.tokens[:, 1:]))
             return jnp.sum(nats * weights), jnp.sum(weights), right
 
-        return jax.vmap(one)(params)
+        return each(one, params)
 
     @partial(jax.jit, donate_argnums=2)
     def keep_best(params, loss, best):

@@ -102,19 +102,17 @@ def sliding_attention(
     angle = rotary_angles(positions, q.shape[-1], rotary_base)
     q, k = rotate(q, angle), rotate(k, angle)
 
-    if memory is None and starts is None:
-        y = _causal(q, k, v, window)
-        begin = jnp.zeros((q.shape[0], time), jnp.int32)
-    else:
-        begin = _document_begin(positions, memory, starts, q.shape[0])
-        y = None
-    if memory is None:
+    begin = _document_begin(positions, memory, starts, q.shape[0])
+    fresh = memory is None
+    if fresh:
         memory = empty_memory(q.shape[0], window, k.shape[2], k.shape[3], k.dtype)
     after = _remember(memory, k, v, begin[:, -1], window)
-    if y is not None:
-        return y, after
+    if fresh and starts is None:
+        return _causal(q, k, v, window), after
 
-    if time == 1:  # The ring already holds this token, and what it pushed out is out of sight.
+    if fresh:
+        seen_k, seen_v, seen_at = k, v, positions
+    elif time == 1:  # The ring already holds this token, and what it pushed out is out of sight.
         seen_k, seen_v = after.keys, after.values
         seen_at = _slots(after.position, window)
     else:
