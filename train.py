@@ -7,12 +7,13 @@ from functools import partial
 from hope_jax import config, doctor, sharding
 from hope_jax.data import load_tokenizer
 from hope_jax.evaluation import Sample
+from hope_jax.evaluation.subject import TaskError
 from hope_jax.optimizers import describe
-from hope_jax.training import loop
+from hope_jax.training import RunError, loop
 from hope_jax.training.checkpoint import CheckpointError, OtherModelError, steps
 from hope_jax.training.step import outline
 
-ERRORS = config.ConfigError, CheckpointError, OtherModelError, loop.RunError
+ERRORS = config.ConfigError, CheckpointError, OtherModelError, RunError, TaskError
 
 
 def main(path: str, *overrides: str):
@@ -29,7 +30,8 @@ def main(path: str, *overrides: str):
         data.tokenizer.save(folder)
         model = outline(partial(experiment.model.build, seed=experiment.seed))
         optimizer = experiment.optimizer.build(training.steps, describe(model.variables))
-        writer = Sample(prompt=training.prompt, max_tokens=max(training.sample_tokens, 1))
+        with config.blame("training"):
+            writer = Sample(prompt=training.prompt, max_tokens=max(training.sample_tokens, 1))
         sample = partial(writer.text, tokenizer=data.tokenizer) if training.sample_tokens else None
         about = doctor.versions()
         summary = loop.run(experiment, model, optimizer, data, sample=sample, about=about)

@@ -16,7 +16,7 @@ from toy_run import ToyData, ToyExperiment, compiled_once, optimizer, toy_outlin
 
 from hope_jax import sharding
 from hope_jax.sharding import MeshConfig
-from hope_jax.training import TrainingConfig, checkpoint, loop, metrics, step
+from hope_jax.training import RunError, TrainingConfig, checkpoint, metrics, step
 
 TOY = Path(__file__).with_name("toy_run.py")
 
@@ -93,7 +93,7 @@ def test_what_was_written_after_the_last_checkpoint_is_taken_back(tmp_path):
             yield from itertools.islice(super().train(start_step), 7)
             raise OSError("the disk is gone")
 
-    with pytest.raises(loop.RunError, match=r"parts stopped: the disk is gone; .*/4$"):
+    with pytest.raises(RunError, match=r"parts stopped: the disk is gone; .*/4$"):
         train(tmp_path, name="parts", data=Fails())
     written = metrics.read(tmp_path / "parts" / "metrics.jsonl")
     assert written[-1]["step"] > 4, "there is something to take back"

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import jax
@@ -24,7 +25,7 @@ from toy_run import (
 from hope_jax import sharding
 from hope_jax.shapes import Batch
 from hope_jax.sharding import MeshConfig
-from hope_jax.training import TrainingConfig, checkpoint, loop, metrics, step
+from hope_jax.training import RunError, TrainingConfig, checkpoint, metrics, step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -198,7 +199,7 @@ def test_a_few_steps_that_are_not_finite_are_left_out(tmp_path):
 
 
 def test_too_many_of_them_stop_the_run_at_a_checkpoint_before(tmp_path):
-    with pytest.raises(loop.RunError, match=r"steps 7 to 9; .*toy/checkpoints/6$"):
+    with pytest.raises(RunError, match=r"steps 7 to 9; .*toy/checkpoints/6$"):
         train(tmp_path, data=ToyData(spoiled=range(6, 100)), steps=50, patience=3, save_every=1)
     assert checkpoint.steps(tmp_path / "toy" / "checkpoints")[-1].name == "6"
 
@@ -291,7 +292,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(tmp_path):
 )
 def test_other_data_than_the_checkpoints_is_refused(tmp_path, data, what):
     train(tmp_path, steps=4)
-    with pytest.raises(ValueError, match=f"was trained with another {what}"):
+    with pytest.raises(RunError, match=f"was trained with another {what}"):
         train(tmp_path, steps=8, data=ToyData(**data))
 
 
@@ -363,6 +364,33 @@ def test_the_peak_of_a_device_is_known_by_its_name(kind, peak):
 def test_settings_of_training_have_bounds(setting, value):
     with pytest.raises(ValueError, match=f"{setting} must be at least .*got {value}"):
         TrainingConfig(**{setting: value})
+
+
+def test_a_run_may_report_to_weights_and_biases(tmp_path, monkeypatch):
+    sent = []
+
+    class Fake:
+        def init(self, **options):
+            sent.append(options)
+            return self
+
+        def log(self, values, step):
+            sent.append((step, *values))
+
+        def finish(self):
+            sent.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", Fake())
+    train(tmp_path, steps=2, evaluate_every=0, wandb="mine")
+    assert sent[0]["project"] == "mine"
+    assert sent[0]["id"] == "toy", "a run that goes on stays one run"
+    assert sent[1][:2] == (1, "train/loss")
+    assert "valid/perplexity" in sent[-2]
+    assert sent[-1] == "finished"
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RunError, match=r"pip install 'hope_jax\[wandb\]'"):
+        train(tmp_path, steps=4, wandb="mine")
 
 
 def test_signals_are_given_back(tmp_path):

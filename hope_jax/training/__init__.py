@@ -17,6 +17,10 @@ CHANGEABLE = (
 """Settings that a run may change when it is continued: they leave the steps taken as they were."""
 
 
+class RunError(RuntimeError):
+    """A run had to stop or cannot go on; the message says why, and where it can go on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long to train, and what to do on the way.

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from math import exp
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from hope_jax.shapes import Batch
-from hope_jax.training import metrics
+from hope_jax.training import RunError, metrics
 from hope_jax.training.checkpoint import Checkpoints, what_is_left
 from hope_jax.training.step import (
     Outline,
@@ -31,10 +31,7 @@ from hope_jax.training.step import (
 )
 
 
-class RunError(RuntimeError):
-    """A run had to stop; the message says why, and where it can go on."""
-
-
+@runtime_checkable
 class Batches(Protocol):
     """Batches in order, read ahead of time."""
 
@@ -47,6 +44,7 @@ class Batches(Protocol):
         ...
 
 
+@runtime_checkable
 class Data(Protocol):
     """What the loop asks of the data.
 
@@ -101,10 +99,10 @@ def run(
       What is in summary.json.
 
     Raises:
-      RunError: Too many steps were not finite (see `TrainingConfig.patience`), or a file could not
-        be read or written; names the last good checkpoint.
+      RunError: Too many steps were not finite (see `TrainingConfig.patience`), a file could not be
+        read or written, or the newest checkpoint is of other data.
       CheckpointError: A checkpoint cannot be written, or none of those there can be read.
-      ValueError: The newest checkpoint is of another model or of other data.
+      OtherModelError: The newest checkpoint is of another model.
     """
     training = experiment.training
     folder = Path(training.folder) / experiment.name
@@ -186,7 +184,7 @@ class Run:
         for line in news:
             self._report.say(line)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object):
@@ -287,7 +285,7 @@ class Run:
             return []
         for name, now in self._fingerprint().items():
             if restored.about["data"].get(name) != now:
-                raise ValueError(
+                raise RunError(
                     f"{self.folder} was trained with another {name}: bring that back, or start "
                     "another run with name=..."
                 )
@@ -309,9 +307,10 @@ class Run:
         """Takes in what a step gave."""
         if pending is None:
             return
-        step, values = pending
-        values = {name: value.item() for name, value in jax.device_get(values).items()}
-        self._streak = values.pop("streak")
+        step, found = pending
+        found = {name: value.item() for name, value in jax.device_get(found).items()}
+        self._streak = found["streak"]
+        values = {name: found[name] for name in ("loss", "grad_norm", "skipped")}
         self._meter.step()
         training = self._experiment.training
         write = is_due(step, training.log_every) or step == training.steps

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
+
+from hope_jax.training import RunError
+
+Values = Mapping[str, float | int | None]
+"""Numbers by name; None where there is none."""
 
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """The fields of metrics.jsonl that two runs of the same experiment do not share."""
@@ -90,19 +95,19 @@ class Meter:
             self._away += self._clock() - start
             self._away_since += self._clock() - start
 
-    def since_last(self) -> dict[str, float | None]:
+    def since_last(self) -> Values:
         """Returns `TIMINGS` of the steps since the last call; `seconds` since the beginning."""
         now = self._clock()
         speed = self._speed(self._steps_since, now - self._last - self._away_since)
         self._last, self._steps_since, self._away_since = now, 0, 0.0
         return {"seconds": now - self._start, **speed}
 
-    def overall(self) -> dict[str, float | None]:
+    def overall(self) -> Values:
         """Returns `TIMINGS` of all steps."""
         seconds = self._clock() - self._start
         return {"seconds": seconds, **self._speed(self._steps, seconds - self._away)}
 
-    def _speed(self, steps: int, seconds: float) -> dict[str, float | None]:
+    def _speed(self, steps: int, seconds: float) -> Values:
         rate = steps / seconds if steps and seconds > 0 else None
         return {
             "tokens_per_second": rate and rate * self._tokens,
@@ -137,7 +142,7 @@ class Report:
             total=steps, initial=step, unit="step", desc=name, disable=not self._live, smoothing=0.1
         )
 
-    def train(self, step: int, values: dict[str, float | None], *, write: bool):
+    def train(self, step: int, values: Values, *, write: bool):
         """Takes the metrics of one step.
 
         Args:
@@ -153,7 +158,7 @@ class Report:
             if not self._live:
                 print(f"step {step}/{self._bar.total}  {shown}", file=sys.stderr, flush=True)
 
-    def evaluate(self, step: int, split: str, values: dict[str, float | None]):
+    def evaluate(self, step: int, split: str, values: Values):
         """Takes the results of an evaluation."""
         self._record(step, split, values)
         self._events.flush()
@@ -183,7 +188,7 @@ class Report:
     def _event(self, step: int, **what: Any):
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
-    def _record(self, step: int, split: str, values: dict[str, float | None]):
+    def _record(self, step: int, split: str, values: Values):
         line = {"step": step, "split": split, **{k: _finite(v) for k, v in values.items()}}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -225,7 +230,7 @@ def draw(lines: list[dict[str, Any]], path: Path):
     figure.savefig(path, dpi=120)
 
 
-def _show(values: dict[str, float | None]) -> str:
+def _show(values: Values) -> str:
     forms = {
         "loss": "loss {:.4f}",
         "perplexity": "perplexity {:.2f}",
@@ -238,7 +243,7 @@ def _show(values: dict[str, float | None]) -> str:
     return ", ".join(shown)
 
 
-def _finite(value: float | None) -> float | None:
+def _finite(value: float | int | None) -> float | int | None:
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -253,7 +258,7 @@ def _open_wandb(project: str, folder: Path, name: str) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError(
+        raise RunError(
             f"training.wandb={project} needs the package wandb: pip install 'hope_jax[wandb]'"
         ) from error
     return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder))
