@@ -307,8 +307,9 @@ def test_delta_momentum_knows_which_side_is_which_and_takes_what_is_no_matrix_as
 
 
 @pytest.mark.usefixtures("x64")
-def test_delta_momentum_is_the_l2_case_of_generalised_momentum():
-    gradients = [{"w": g} for g in np.random.default_rng(0).normal(size=(6, 3, 5, 4))]
+@pytest.mark.parametrize("shape", [(3, 5, 2), (3, 2, 5)])
+def test_delta_momentum_is_the_l2_case_of_generalised_momentum(shape):
+    gradients = [{"w": jnp.asarray(g)} for g in np.random.default_rng(0).normal(size=(6, *shape))]
     info = {"w": ParamInfo((None, None), "matrix")}
     same(
         hopt.scale_by_gm(0.9, write=1.0, objective="l2", info=info),
@@ -481,6 +482,14 @@ def test_outer_memory_is_its_equation():
         values, vectors = np.linalg.eigh(h)
         expected.append(m / (1 - 0.9 ** (t + 1)) @ vectors @ np.diag(values**-0.5) @ vectors.T)
     by_hand(hopt.scale_by_outer_memory(b1=0.9, eps=1e-12, info=OUT_IN), expected, 1e-9)
+
+
+def test_outer_memory_of_a_wide_matrix_is_that_of_the_tall_one_turned():
+    tx = hopt.scale_by_outer_memory()
+    wide = updates_of(tx, [g["w"] for g in random_gradients()])
+    tall = updates_of(tx, [g["w"].T for g in random_gradients()])
+    for one, other in zip(wide, tall, strict=True):
+        np.testing.assert_allclose(one, other.T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
