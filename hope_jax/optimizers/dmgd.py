@@ -1,6 +1,6 @@
 """Deep momentum: a small network that learns, step by step, to turn gradients into updates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod, sqrt
 from typing import Literal, NamedTuple
@@ -114,9 +114,9 @@ def scale_by_dmgd(
     learn. The step is clipped to norm 1, so that no gradient can throw the network off: its weights
     stay within eta / (1 - alpha) of m_0.
 
-    Every matrix (of a stack, too) has one network, shared by its coordinates (`hidden` numbers for
-    each layer) or its rows (`in x hidden`; at depth 1 `in x in`). What is no matrix shares by
-    coordinates. At depth 1 with coordinates it is momentum of a single number.
+    Every matrix (of a stack, too) has one network, shared by its coordinates (layers of at most
+    `hidden x hidden`) or its rows (`in x hidden`; at depth 1 `in x in`). What is no matrix, and an
+    embedding, shares by coordinates. At depth 1 with coordinates it is momentum of one number.
 
     Args:
       depth: Layers, 1 to 4.
@@ -146,7 +146,7 @@ def scale_by_dmgd(
         return shared == "rows" and is_matrix(one, x)
 
     def stacked(one: ParamInfo, x: Array) -> tuple[int, ...]:
-        *stack, out, into = jax.eval_shape(partial(to_matrices, one), x).shape
+        *stack, out, into = jax.eval_shape(partial(to_matrices, _whole(one)), x).shape
         return prod(stack), out, into
 
     def first(one: ParamInfo, x: Array) -> Network:
@@ -166,14 +166,16 @@ def scale_by_dmgd(
         count = state.count + 1
 
         def one(info: ParamInfo, g: Array, square: Array, network: Network) -> tuple:
-            matrices = to_matrices(info, g).astype(jnp.float32).reshape(stacked(info, g))
+            matrices = to_matrices(_whole(info), g)
+            view = matrices.shape
+            matrices = matrices.astype(jnp.float32).reshape(stacked(info, g))
             square = b2 * square + (1 - b2) * jnp.sum(matrices**2, axis=(-2, -1)) / max(
                 prod(matrices.shape[-2:]), 1
             )
             unit = divide(matrices, jnp.sqrt(square / (1 - b2**count))[:, None, None])
             network, read = learn(by_rows(info, g), unit, network, first(info, g))
-            view = jax.eval_shape(partial(to_matrices, info), g).shape
-            return from_matrices(info, read.reshape(view), g).astype(g.dtype), square, network
+            update = from_matrices(_whole(info), read.reshape(view), g)
+            return update.astype(g.dtype), square, network
 
         updates, square, networks = each(3, one, updates, state.square, state.networks, info=info)
         return updates, DMGDState(count, square, networks)
@@ -236,6 +238,11 @@ def dmgd(
         info=info,
     )
     return optax.chain(momentum, descend(learning_rate, weight_decay=weight_decay, info=info))
+
+
+def _whole(info: ParamInfo) -> ParamInfo:
+    """Takes an embedding for one matrix, not for many rows, each with a network of its own."""
+    return replace(info, role="memory_init") if info.role == "embedding" else info
 
 
 def _first_network(count: int, widths: tuple[int, ...], seed: int) -> Network:

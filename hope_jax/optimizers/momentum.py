@@ -257,8 +257,7 @@ def scale_by_output_momentum(
 def orthogonalize() -> optax.GradientTransformation:
     """Sends the singular values of every matrix to about 1; all leaves must be matrices."""
 
-    def update(updates: optax.Updates, params: optax.Params) -> optax.Updates:
-        del params
+    def update(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
         leaves, structure = jax.tree.flatten(updates)
         return jax.tree.unflatten(structure, newton_schulz_all(leaves))
 

@@ -307,7 +307,7 @@ def descend(
       ValueError: A rate is negative.
     """
     check_weight({"weight_decay": weight_decay})
-    if not callable(learning_rate):
+    if isinstance(learning_rate, float | int):
         check_weight({"learning_rate": learning_rate})
     step = optax.scale_by_learning_rate(learning_rate)
     if weight_decay == 0:
