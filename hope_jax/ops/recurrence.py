@@ -213,7 +213,13 @@ def follow(
 
     Returns:
       The path, for `read`, `read_transposed` and `advance`.
+
+    Raises:
+      ValueError: The factor has momentum and the memory has none, or the reverse.
     """
+    if (momentum is None) != (steps.momentum_carry is None):
+        has = "none" if momentum is None else "one"
+        raise ValueError(f"momentum must be given exactly if the factor has one, got {has}")
     path = Path(state, writes, momentum, origin, None)
     if steps.erase is None:
         return path
@@ -275,11 +281,11 @@ def advance(
     state = after.carry[..., -1, None, None] * path.state
     if after.origin is not None and path.origin is not None:
         state = state + after.origin[..., -1, None, None] * path.origin
-    if after.momentum is not None:
+    if after.momentum is not None and path.momentum is not None:
         state = state + after.momentum[..., -1, None, None] * path.momentum
     for share, vectors in _terms(steps, path, after):
         state = state + _outer(share[..., -1, :], vectors, steps.keys)
-    if path.momentum is None:
+    if path.momentum is None or steps.momentum_carry is None:
         return state, None
     momentum = steps.momentum_carry[..., None, None] * path.momentum
     return state, momentum + _outer(steps.momentum_writes, path.writes, steps.keys)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops import recurrence, selfref_fused
 from hope_jax.ops.dispatch import Form, pick
+from hope_jax.ops.recurrence import Factor, Path
 
 GATES = ("eta", "alpha")
 ADAPTIVE = ("k", "v", "q", *GATES)
@@ -193,7 +194,7 @@ def self_referential(
 def learn_and_read(
     x: Float[Array, "B T H K"],
     views: Views,
-    biases: tuple[Float[Array, " H"], Float[Array, " H"]] | None,
+    biases: tuple[Float[Array, " H"], Float[Array, " H"]],
     initial: Matrices,
     memory: SelfReferentialMemory | None,
     starts: Bool[Array, "B T"] | None,
@@ -224,7 +225,7 @@ def learn_and_read(
 def reference(
     x: Float[Array, "B T H K"],
     views: Views,
-    biases: tuple[Float[Array, " H"], Float[Array, " H"]] | None,
+    biases: tuple[Float[Array, " H"], Float[Array, " H"]],
     initial: Matrices,
     memory: SelfReferentialMemory | None,
     starts: Bool[Array, "B T"] | None,
@@ -334,7 +335,7 @@ def _recall(name, matrices, x):
 def chunked(
     x: Float[Array, "B T H K"],
     views: Views,
-    biases: tuple[Float[Array, " H"], Float[Array, " H"]] | None,
+    biases: tuple[Float[Array, " H"], Float[Array, " H"]],
     initial: Matrices,
     memory: SelfReferentialMemory | None,
     starts: Bool[Array, "B T"] | None,
@@ -371,21 +372,15 @@ def chunked(
     tokens = jax.tree.map(lambda array: _into_chunks(array, offset, count, size), tokens)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def chunk(state, momentum, held, inputs):
+    def chunk(fast, inputs):
         tokens, live = inputs
         # What is held passes chunks of padding alone; a fresh memory meets none.
-        held = state if fresh else held
-        return _chunk(setting, initial, biases, state, momentum, held, _cast(tokens, dtype), live)
+        fast = _Fast(fast.state, fast.momentum, fast.state) if fresh else fast
+        return _chunk(setting, initial, biases, fast, _cast(tokens, dtype), live)
 
-    def body(carry, inputs):
-        state, momentum, held, y = chunk(*carry, inputs)
-        return (state, momentum, None if whole else held), y
-
-    carry = (memory.state, memory.momentum, None if whole else memory.held)
-    (state, momentum, held), y = jax.lax.scan(body, carry, (tokens, live))
+    fast, y = jax.lax.scan(chunk, _Fast(*memory[1:]), (tokens, live))
     y = _out_of_chunks(y, offset, time).astype(x.dtype)
-    held = state if whole else held
-    return y, SelfReferentialMemory(memory.position + time, state, momentum, held)
+    return y, SelfReferentialMemory(memory.position + time, *fast)
 
 
 def fused(*call) -> tuple[Float[Array, "B T H V"], SelfReferentialMemory]:
@@ -401,43 +396,57 @@ FORMS = {
 }
 
 
-def _chunk(setting, initial, biases, state, momentum, held, tokens, live):
-    """One chunk of the projections: reads, state, momentum and held after it.
+class _Fast(NamedTuple):
+    """The matrices that a chunk begins or ends with: `SelfReferentialMemory` without position."""
 
-    All of it is a function of the states at its start and of its tokens: `x [B, H, C, K]`, views
-    `[B, H, C, ...]`, starts `[B, 1, C]` or None, live `[C]` or None.
+    state: Matrices
+    momentum: Matrices | None
+    held: Matrices
+
+
+def _chunk(setting, initial, biases, fast: _Fast, tokens, live):
+    """One chunk of the projections: the matrices after it, and what its queries read.
+
+    All of it is a function of the matrices at its start and of its tokens: `x [B, H, C, K]`, views
+    `[B, H, C, ...]`, starts `[B, 1, C]` or None, live `[1, 1, C]` or None.
     """
     x, views, starts = tokens
-    opening = None if starts is None else jnp.cumsum(starts, -1) == 0
+    opening = _opening(starts)
     views = _complete(
         views,
-        None if biases is None else tuple(bias[:, None] for bias in biases),
+        tuple(bias[:, None] for bias in biases),
         setting,
-        lambda name: _recall_held(name, held[name], initial[name], opening, x),
+        lambda name: _recall_held(name, fast.held[name], initial[name], opening, x),
     )
-    learn = partial(_learn, setting, initial)
     if setting.chunk_memory == setting.chunk_projections:
-        state, momentum, y = learn(state, momentum, held, views, starts, live)
-        return state, momentum, _next_held(initial, state, held, starts, live), y
+        return _learn_and_read(setting, initial, fast, views, starts, live)
 
-    names = [name for name in initial if name != "memory"]
-    projections = [_part(tree, names) for tree in (state, momentum, held)]
-    memory = [_part(tree, ["memory"]) for tree in (state, momentum, held)]
-    state, momentum, _ = learn(*projections, views, starts, live)
-    held = _next_held(initial, state, projections[2], starts, live)
-
-    def body(memory, inputs):
-        state, momentum, y = learn(*memory, *inputs)
-        return (state, momentum, _next_held(initial, state, memory[2], *inputs[1:])), y
-
+    projections, _ = _learn(
+        setting, initial, _part(fast, [name for name in initial if name != "memory"]),
+        views, starts, live,
+    )  # fmt: skip
     inputs = jax.tree.map(
         lambda array: _into_parts(array, setting.chunk_memory), (views, starts, live)
     )
-    memory, y = jax.lax.scan(body, tuple(memory), inputs)
+    memory, y = jax.lax.scan(
+        lambda memory, inputs: _learn_and_read(setting, initial, memory, *inputs),
+        _part(fast, ["memory"]),
+        inputs,
+    )
+    fast = _Fast(
+        projections.state | memory.state,
+        fast.momentum and (projections.momentum or {}) | (memory.momentum or {}),
+        projections.held | memory.held,
+    )
     y = jnp.moveaxis(y, 0, 2)
-    y = y.reshape(*y.shape[:2], -1, y.shape[-1])
-    momentum = None if momentum is None else momentum | memory[1]
-    return state | memory[0], momentum, held | memory[2], y
+    return fast, y.reshape(*y.shape[:2], -1, y.shape[-1])
+
+
+def _learn_and_read(setting, initial, fast: _Fast, views, starts, live):
+    """Teaches memories a chunk that is one of M_memory's, and reads M_memory."""
+    after, paths = _learn(setting, initial, fast, views, starts, live)
+    layers = initial["memory"], fast.held["memory"]
+    return after, _read(setting, *layers, _opening(starts), paths["memory"], views.query)
 
 
 class _Lesson(NamedTuple):
@@ -454,21 +463,21 @@ class _Lesson(NamedTuple):
     error: Float[Array, "B H C out"]
 
 
-def _learn(setting, initial, state, momentum, held, views, starts, live):
-    """Teaches the memories in `state` a chunk, and reads M_memory if it is one of them.
+def _learn(setting, initial, fast: _Fast, views, starts, live):
+    """Teaches memories a chunk: the matrices after it, and by name each layer's factor and path.
 
     Layers that share keys and step share a factor: all linear memories do, and so do the hidden
     layers of all MLPs.
     """
-    opening = None if starts is None else jnp.cumsum(starts, -1) == 0
-    shared, after, momenta = {}, {}, None if momentum is None else {}
-    for name in state:
-        lessons = _lessons(setting, name, initial[name], held[name], opening, views)
-        paths = []
+    opening = _opening(starts)
+    factors, paths, state, momentum = {}, {}, {}, {}
+    for name in fast.state:
+        lessons = _lessons(setting, name, initial[name], fast.held[name], opening, views)
+        paths[name] = []
         for layer, lesson in enumerate(lessons):
-            own = (name,) if layer < len(lessons) - 1 else (len(lessons),)
-            if own not in shared:
-                shared[own] = recurrence.factor(
+            shared = len(lessons) if layer == len(lessons) - 1 else name
+            if shared not in factors:
+                factors[shared] = recurrence.factor(
                     lesson.key,
                     views.retain,
                     lesson.step if setting.dgd else None,
@@ -477,22 +486,19 @@ def _learn(setting, initial, state, momentum, held, views, starts, live):
                     live,
                     anchor=setting.anchor,
                 )
-            step = lesson.step if momentum is None else (1 - views.momentum) * lesson.step
+            step = lesson.step if views.momentum is None else (1 - views.momentum) * lesson.step
             path = recurrence.follow(
-                shared[own],
-                state[name][layer],
+                factors[shared],
+                fast.state[name][layer],
                 step[..., None] * lesson.error,
-                None if momentum is None else momentum[name][layer],
+                None if fast.momentum is None else fast.momentum[name][layer],
                 initial[name][layer],
             )
-            paths.append((shared[own], path))
-        ends, end_momenta = zip(*(recurrence.advance(*path) for path in paths), strict=True)
-        after[name] = ends
-        if momenta is not None:
-            momenta[name] = end_momenta
-        if name == "memory":
-            y = _read(setting, initial[name], held[name], opening, paths, views.query)
-    return after, momenta, y if "memory" in state else None
+            paths[name].append((factors[shared], path))
+        ends = [recurrence.advance(*taught) for taught in paths[name]]
+        state[name], momentum[name] = zip(*ends, strict=True)
+    held = _next_held(initial, state, fast.held, starts, live)
+    return _Fast(state, None if fast.momentum is None else momentum, held), paths
 
 
 def _lessons(setting, name, initial, held, opening, views):
@@ -507,8 +513,8 @@ def _lessons(setting, name, initial, held, opening, views):
         return [_Lesson(key, views.write, constant(error))]
 
     inner, pull = jax.vjp(jax.nn.silu, _product(held[1], initial[1], opening, views.key))
-    transposed = (jnp.swapaxes(matrices[0], -1, -2) for matrices in (held, initial))
-    slope = pull(_product(*transposed, opening, error))[0]
+    back = _product(_transpose(held[0]), _transpose(initial[0]), opening, error)
+    slope = pull(back)[0]
     inner, slope, error = constant((inner, slope, error))
     return [
         _Lesson(inner, _proximal(setting, views.write, inner), error),
@@ -521,7 +527,7 @@ def _proximal(setting, write, key):
     return write / (1 + setting.repeats * write * jnp.sum(key**2, -1))
 
 
-def _read(setting, initial, held, opening, paths, query):
+def _read(setting, initial, held, opening, paths: list[tuple[Factor, Path]], query):
     """Reads M_memory with every token's query, at the state that the setting names."""
     if setting.read == "chunk":
         return _recall_held("memory", held, initial, opening, query)
@@ -549,6 +555,11 @@ def _product(held, initial, opening, x):
     return jnp.where(opening[..., None], y, jnp.einsum("BHVK,BHCK->BHCV", initial, x))
 
 
+def _opening(starts):
+    """Says which tokens still belong to the document that the chunk began in."""
+    return None if starts is None else jnp.cumsum(starts, -1) == 0
+
+
 def _next_held(initial, state, held, starts, live):
     """What the token after this chunk's last live one holds on to."""
     if live is None:
@@ -563,7 +574,7 @@ def _next_held(initial, state, held, starts, live):
 
 
 def _complete(
-    views: Views, biases: tuple, setting: Setting, recall: Callable[[str], Array]
+    views: Views, biases: tuple[Array, ...], setting: Setting, recall: Callable[[str], Array]
 ) -> Views:
     """Lets adaptive memories say what the slow projections have not said."""
     key, value, query, write, retain, momentum = views
@@ -621,8 +632,13 @@ def _chunk_of(name, setting):
     return setting.chunk_memory if name == "memory" else setting.chunk_projections
 
 
-def _part(tree, names):
-    return None if tree is None else {name: tree[name] for name in names}
+def _transpose(matrix):
+    return jnp.swapaxes(matrix, -1, -2)
+
+
+def _part(fast, names):
+    """The matrices of some memories alone."""
+    return _Fast(*(tree and {name: tree[name] for name in names} for tree in fast))
 
 
 def _into_chunks(array, offset, count, size):

@@ -101,12 +101,15 @@ def titans(
         write_max=1.0,
         repeats=chunk,
     )
+    carried = None
     if memory is not None:
         position, *parts = memory
-        memory = SelfReferentialMemory(position, *({"memory": part} for part in parts))
-    y, memory = learn_and_read(q, views, None, {"memory": initial}, memory, starts, setting, form)
-    position, *parts = memory
-    return y.astype(v.dtype), TitansMemory(position, *(part["memory"] for part in parts))
+        carried = SelfReferentialMemory(position, *({"memory": part} for part in parts))
+    nothing = jnp.zeros(k.shape[2], accumulate)
+    call = q, views, (nothing, nothing), {"memory": initial}, carried, starts, setting
+    y, after = learn_and_read(*call, form)
+    parts = [matrices["memory"] for matrices in after[1:] if matrices is not None]
+    return y.astype(v.dtype), TitansMemory(after.position, *parts)
 
 
 def fresh_memory(initial: tuple[Array, ...], batch: int) -> TitansMemory:
