@@ -185,6 +185,21 @@ def test_chunks_equal_the_recurrence_in_values_and_all_gradients(case):
     jax.tree.map(close, got, expected)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"adaptive": ("v", "eta"), "deep": ("v", "eta", "memory")}],
+    ids=["linear", "deep"],
+)
+def test_reads_teach_every_initial_state_and_every_bias(case):
+    (x, slow, initial, _), options = random_call(momentum=True, **case, **C4_4)
+
+    def loss(slow, initial):
+        return jnp.sum(self_referential(x, slow, initial, **options)[0] ** 2)
+
+    for path, leaf in jax.tree.leaves_with_path(quick(jax.grad(loss, (0, 1)))(slow, initial)):
+        assert (leaf != 0).any(), jax.tree_util.keystr(path)
+
+
 @pytest.mark.parametrize("deep", [(), ("memory",)], ids=["linear", "deep"])
 def test_chunks_equal_the_recurrence_in_float32(deep):
     arrays, options = random_call(adaptive=("k",), deep=deep, time=40, **C16_16)

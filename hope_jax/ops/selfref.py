@@ -347,10 +347,12 @@ def chunked(
     earlier call in front and missing ones behind are padding that changes nothing. The backward
     pass stores the states at chunk starts and computes each chunk a second time.
 
-    Per token and head, with d = K = V, C the chunk and m linear memories: 2 d^2 multiply-adds per
-    memory for reads of the held state (its projection and its target), 2 d^2 (3 d^2 anchored) for
-    the recurrence, C d per memory for the in-chunk products and C^2 / 3 for the solve. Bytes:
-    x, the slow projections and the output once, and m d^2 / C numbers of state.
+    Per token and head, with d = K = V, C the chunk and m linear memories, in multiply-adds: d^2
+    per memory for what it says about x and d^2 for its target, 3 d^2 for the recurrence (one of
+    them for the anchor), 2 d^2 for the answer; C d per memory for its writes and C d for its
+    solve, 3 C d for overlaps and the answer, and C^2 / 3 for the inverse. Bytes: x, the slow
+    projections and the output once, m d^2 / C numbers of state. An MLP memory with F hidden units
+    costs about 5 F / d linear ones.
     """
     dtype = _accumulation(x.dtype)
     initial, biases = _cast((initial, biases), dtype)
