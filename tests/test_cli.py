@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+from toy_run import compiled_once
 
 from hope_jax import __main__ as command_line
-from hope_jax import config, doctor
+from hope_jax import config, doctor, runs, sharding
 from hope_jax.data import load_tokenizer
 from hope_jax.training import checkpoint, metrics
 
@@ -31,9 +35,16 @@ training:
   steps: 6
   evaluate_every: 3
   save_every: 2
+  log_every: 1
   sample_tokens: 5
   folder: {folder}/runs
 """
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_once(tmp_path_factory):
+    with compiled_once(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 @pytest.fixture
@@ -83,6 +94,32 @@ def test_training_from_the_command_line_leaves_a_whole_run_folder(small, capfd):
     train(small, "training.steps=6", "seed=3")
     assert "goes on after step 4" in capfd.readouterr().err
     assert metrics.read(run / "metrics.jsonl")[-1]["step"] == 6
+
+
+def test_hope_in_two_parts_is_hope_in_one_bit_for_bit(small):
+    hope = [
+        "model.mixer={kind: self_modifying_titans, heads: 2, chunk_memory: 4}",
+        "data.tokenizer={kind: sentencepiece, vocabulary: 280}",
+        "optimizer.schedule={kind: constant, warmup: 0}",
+        "training.sample_tokens=0",
+    ]
+    train(small, *hope, "name=whole")
+    train(small, *hope, "name=parts", "training.steps=3")
+    train(small, *hope, "name=parts")
+    found = []
+    for name in ("whole", "parts"):
+        run = runs.find(small.parent / "runs" / name)
+        lines = metrics.read(run.folder / "metrics.jsonl")
+        timeless = [{k: v for k, v in x.items() if k not in metrics.TIMINGS} for x in lines]
+        with sharding.use(runs.mesh(run.experiment)):
+            model, path = runs.load(run)
+        assert path.name == "6"
+        found.append((timeless, [np.asarray(x) for x in jax.tree.leaves(nnx.state(model))]))
+    (lines, params), (others, other_params) = found
+    assert len(lines) == 8
+    assert lines == others
+    for a, b in zip(params, other_params, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(

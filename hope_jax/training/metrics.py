@@ -128,6 +128,7 @@ class Report:
           name: The run's.
           wandb: The project to report to as well (needs the extra `wandb`).
         """
+        self._wandb = _open_wandb(wandb, folder, name) if wandb else None
         self._path = folder / "metrics.jsonl"
         kept = [line for line in read(self._path) if line["step"] <= step]
         replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -135,7 +136,6 @@ class Report:
         # Written here and not by a SummaryWriter's thread, which a full disk ends unseen.
         self._events = EventsWriter(str(folder / "events"), f".{step}")
         self._event(step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._wandb = _open_wandb(wandb, folder, name) if wandb else None
         # On a terminal a bar; into a file, a line now and then.
         self._live = sys.stderr.isatty()
         self._bar = tqdm(
