@@ -30,7 +30,7 @@ WORLD = {
     "ops": "numpy",
     "data": "numpy grain absl sentencepiece datasets pyarrow zstandard tqdm",
     "modules": "flax numpy",
-    "optimizers": "optax numpy",
+    "optimizers": "optax numpy safetensors",
     "training": "flax numpy optax orbax tqdm matplotlib tensorboardX wandb",
     "models": "flax numpy safetensors",
     "evaluation": "flax numpy tqdm",
