@@ -20,7 +20,7 @@ from flax import nnx
 
 from hope_jax.shapes import Batch
 from hope_jax.training import RunError, metrics
-from hope_jax.training.checkpoint import Checkpoints, what_is_left
+from hope_jax.training.checkpoint import Checkpoints, steps, what_is_left
 from hope_jax.training.step import (
     Outline,
     TrainState,
@@ -106,7 +106,7 @@ def run(
     """
     training = experiment.training
     folder = Path(training.folder) / experiment.name
-    finished = read_summary(folder)
+    finished = read_summary(folder) if steps(folder / "checkpoints") else {}
     if finished.get("steps", 0) >= training.steps:
         print(f"{folder} is finished: it took {finished['steps']} steps", file=sys.stderr)
         return finished
