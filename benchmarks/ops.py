@@ -208,17 +208,20 @@ def launches(rows, shape):
     batch, length, heads, width = shape
     tall = (batch * length // 64, 64, heads, width)
     cases = [
-        # op, shape, chunk, warps, stages
-        ("self_referential", shape, 64, 4, 1),
-        ("self_referential", shape, 64, 8, 1),
-        ("self_referential", shape, 64, 4, 2),
-        ("self_referential", tall, 64, 4, 1),
-        ("self_referential", (2 * batch, length, heads, width), 64, 4, 1),
-        ("delta", shape, 64, 4, 1),
-        ("delta", shape, 64, 8, 1),
-        ("delta", (batch, length, heads // 2, 2 * width), 64, 8, 1),
+        # op, shape, chunk, warps, stages, with the backward
+        ("self_referential", shape, 64, 4, 1, True),
+        ("self_referential", shape, 64, 8, 1, False),
+        ("self_referential", shape, 64, 4, 2, False),
+        ("self_referential", shape, 32, 4, 1, False),
+        ("self_referential", tall, 64, 4, 1, True),
+        ("self_referential", (2 * batch, length, heads, width), 64, 4, 1, True),
+        ("self_referential", (batch, length, heads // 2, 2 * width), 64, 8, 1, False),
+        ("delta", shape, 64, 4, 1, True),
+        ("delta", shape, 64, 8, 1, False),
+        ("delta", shape, 32, 4, 1, True),
+        ("delta", tall, 64, 4, 1, True),
     ]
-    for op, dims, chunk, warps, stages in cases:
+    for op, dims, chunk, warps, stages, both in cases:
         arrays = narrow(inputs(op, *dims), "bfloat16")
         launch = gpu.Launch(warps, stages)
         label = f"{op:18} {dims!s:20} C={chunk} warps={warps} stages={stages}"
@@ -227,42 +230,19 @@ def launches(rows, shape):
             plan, sequence = caught(op, chunk, arrays)
             for keep in (False, True):
                 run = partial(gpu.forward, plan, keep=keep, launch=launch)
-                spent, _ = milliseconds(run, sequence)
+                spent, compiling = milliseconds(run, sequence)
                 text += f" fwd{'+keep' if keep else ''} {spent:.3f}"
-            y, ends, _, starts = jax.jit(run)(sequence)
-            ends = jax.tree.map(jnp.zeros_like, ends)
-            for name, (run, arguments) in backward_parts(
-                plan, sequence, starts, y, ends, launch
-            ).items():
-                spent, _ = milliseconds(run, *arguments)
-                text += f" {name} {spent:.3f}"
+            text += f" ({compiling:.0f} s)"
+            if both:
+                y, ends, held, starts = jax.jit(run)(sequence)
+                ends = jax.tree.map(jnp.zeros_like, ends)
+                run = partial(gpu.backward, plan, launch=launch)
+                spent, compiling = milliseconds(run, sequence, starts, y, ends, held)
+                text += f" bwd {spent:.3f} ({compiling:.0f} s)"
         except Exception as failure:
             text += " FAILED " + repr(failure)[:300]
         rows.append(label + text)
         print(rows[-1], flush=True)
-
-
-def backward_parts(plan, sequence, starts, dy, ends, launch):
-    """The launches of a backward pass by name, each with its arguments, and all of it."""
-    prepare = partial(gpu._prepare, plan, launch=launch)
-    notes = jax.jit(prepare)(sequence, starts, dy)
-    parts = {"prepare": (prepare, (sequence, starts, dy))}
-    notes = {name: array for name, array in notes.items() if name not in ("dquery", "weight")}
-    if plan.consults:
-
-        def unlearn(*arrays):
-            return gpu._unlearn(plan, *arrays, None, launch)
-
-        parts["unlearn"] = unlearn, (sequence, notes, starts, dy, ends)
-    else:
-        push = partial(gpu._push_back, plan, launch=launch)
-        parts["push_back"] = push, (sequence, notes, ends)
-        afters = jax.jit(push)(sequence, notes, ends)[1]
-        unlearn = partial(gpu._unlearn_at_once, plan, launch=launch)
-        parts["unlearn"] = unlearn, (sequence, notes, starts, afters)
-    whole = partial(gpu.backward, plan, dheld=None, launch=launch)
-    parts["bwd"] = whole, (sequence, starts, dy, ends)
-    return parts
 
 
 def caught(op, chunk, arrays):
