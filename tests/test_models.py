@@ -178,3 +178,28 @@ def test_parameters_are_counted_without_making_them(models):
 def test_a_vocabulary_must_be_known_before_building():
     with pytest.raises(ValueError, match="vocabulary must be set"):
         replace(MODELS["hope"], vocabulary=None).build()
+
+
+@pytest.mark.parametrize("name", ["hope", "hope_mlp", "titans", "gated_deltanet", "fastkv_hope"])
+def test_a_fresh_memory_lasts(name):
+    layer = MODELS[name].mixer.build(16, depth=1, key=jax.random.key(0))
+    if hasattr(layer, "biases"):  # nothing is written, so that only forgetting is seen
+        layer.biases["eta"][...] = jnp.full(2, -30.0)
+    else:
+        at = layer.frame.gate_names.index("write")
+        layer.frame.gates.bias[...] = layer.frame.gates.bias[...].at[at].set(-30.0)
+    before = layer.initial_memory(1, jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (1, 50, 16))
+
+    def of_interest(state):  # the gates' own memories say how to forget: they stay as they are
+        return state["memory"] if isinstance(state, dict) else state
+
+    def mark(state):
+        marked = jax.tree.map(lambda m: m + 1.0, of_interest(state))
+        return state | {"memory": marked} if isinstance(state, dict) else marked
+
+    after = jax.jit(lambda memory: of_interest(layer(x, memory)[1].fast.state))
+    marked = before._replace(fast=before.fast._replace(state=mark(before.fast.state)))
+    pairs = zip(jax.tree.leaves(after(before)), jax.tree.leaves(after(marked)), strict=True)
+    for plain, kept in pairs:
+        assert 0.9 <= np.min(kept - plain) <= np.max(kept - plain) < 1
