@@ -1,7 +1,8 @@
 """The alphabet of the project: one capital letter per axis, and the types made from it.
 
 B batch, T time, D model width, H heads, K key width, V value width, C chunk, N chunks, L layers,
-F hidden width of a feed-forward network. The same letters stand in signatures and in einsums.
+F hidden width of a feed-forward network, P tokens kept from before a call. The same letters stand
+in signatures and in einsums.
 """
 
 from typing import NamedTuple

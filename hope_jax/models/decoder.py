@@ -71,10 +71,15 @@ class ModelConfig:
         Raises:
           ValueError: The vocabulary is not known yet.
         """
-        if self.vocabulary is None:
-            raise ValueError("vocabulary must be set before a model can be built, got null")
+        self.known_vocabulary()
         # Compiled, for hundreds of small arrays are made one after another.
         return jax.jit(partial(Decoder, self))(key=jax.random.key(seed))
+
+    def known_vocabulary(self) -> int:
+        """Returns the vocabulary; raises ValueError where it was left to a tokenizer."""
+        if self.vocabulary is None:
+            raise ValueError("vocabulary must be set before a model can be built, got null")
+        return self.vocabulary
 
     def parameters(self) -> int:
         """Counts the parameters without allocating any."""
@@ -87,7 +92,7 @@ class ModelConfig:
         Two for each parameter that a token meets in a matrix product, and the sequence layer's
         own. A training step costs three times that; what rematerialisation repeats is not counted.
         """
-        table = self.vocabulary * self.width
+        table = self.known_vocabulary() * self.width
         products = self.parameters() - (0 if self.tie else table)
         return 2 * products + self.layers * self.mixer.flops(self.width, context)
 
@@ -120,14 +125,15 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
         self.config = config
         embed, blocks, head = jax.random.split(key, 3)
-        self.embedding = Embedding(config.vocabulary, config.width, key=embed)
+        ids = config.known_vocabulary()
+        self.embedding = Embedding(ids, config.width, key=embed)
         # One block with every parameter stacked over the layers: compile time is flat in depth.
         self.blocks = jax.vmap(lambda one: Block(config, key=one))(
             jax.random.split(blocks, config.layers)
         )
         self.norm = RMSNorm(config.width)
         if not config.tie:
-            self.head = Embedding(config.vocabulary, config.width, key=head)
+            self.head = Embedding(ids, config.width, key=head)
 
     @property
     def unembedding(self) -> Float[Array, "vocabulary D"]:

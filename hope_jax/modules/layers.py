@@ -106,9 +106,9 @@ class Convolution(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T E"],
-        memory: Float[Array, "B W-1 E"] | None = None,
+        memory: Float[Array, "B P E"] | None = None,
         starts: Starts | None = None,
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "B W-1 E"]]:
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B P E"]]:
         """Returns the mixed input, and the last inputs to go on with."""
         return causal_convolution(x, self.weight[...].astype(x.dtype), memory, starts)
 

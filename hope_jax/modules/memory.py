@@ -64,7 +64,7 @@ class LayerMemory(NamedTuple):
       fast: The op's memory.
     """
 
-    convolution: Float[Array, "B W-1 E"]
+    convolution: Float[Array, "B P E"]
     fast: FastKVMemory
 
 

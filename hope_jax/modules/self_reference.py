@@ -106,7 +106,7 @@ class LayerMemory(NamedTuple):
       fast: The memories.
     """
 
-    convolution: Float[Array, "B W-1 E"]
+    convolution: Float[Array, "B P E"]
     fast: SelfReferentialMemory
 
 
@@ -128,8 +128,13 @@ class SelfModifyingTitans(nnx.Module):
         each = head_width(width, heads, config.head_width)
         frame, initial = jax.random.split(key)
         inputs = ("x", *(name for name in ("q", "k", "v") if name in config.frozen))
-        bias = {"eta": np.zeros(heads, np.float32), "alpha": retention_bias(heads)}
-        gates = {name: bias for name, bias in bias.items() if name in config.frozen}
+        bias: dict[str, np.ndarray] = {
+            "eta": np.zeros(heads, np.float32),
+            "alpha": retention_bias(heads),
+        }
+        gates: dict[str, np.ndarray] = {
+            name: bias for name, bias in bias.items() if name in config.frozen
+        }
         if config.momentum:
             gates["beta"] = np.zeros(heads, np.float32)
         self.frame = Frame(

@@ -61,7 +61,7 @@ class LayerMemory(NamedTuple):
       fast: The memory's weights and their momentum.
     """
 
-    convolution: Float[Array, "B W-1 E"]
+    convolution: Float[Array, "B P E"]
     fast: TitansMemory
 
 
@@ -115,7 +115,9 @@ class NeuralMemory(nnx.Module):
             unit(inputs["q"]),
             unit(inputs["k"]),
             inputs["v"],
-            *(jax.nn.sigmoid(gates[name]) for name in ("retain", "write", "momentum")),
+            jax.nn.sigmoid(gates["retain"]),
+            jax.nn.sigmoid(gates["write"]),
+            jax.nn.sigmoid(gates["momentum"]),
             tuple(matrix[...] for matrix in self.initial),
             fast,
             starts,

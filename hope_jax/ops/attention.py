@@ -1,12 +1,14 @@
 """Softmax attention over the last `window` tokens, with a ring of keys and values as memory."""
 
 from math import tau
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from hope_jax.ops.dispatch import platform
 
 _DIGIT = 4096
 
@@ -180,8 +182,8 @@ def _remember(
     )
 
 
-def _implementation(q: Array) -> str | None:
+def _implementation(q: Array) -> Literal["cudnn"] | None:
     """CuDNN's fused attention takes half precision and head widths to 128 in steps of 8."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] > 1
-    return "cudnn" if fits and jax.default_backend() == "gpu" else None
+    return "cudnn" if fits and platform() == "gpu" else None

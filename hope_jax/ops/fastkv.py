@@ -94,7 +94,7 @@ def fast_kv(
     q, k, v, retain, write = (x.astype(accumulate) for x in (q, k, v, retain, write))
     q, k = FEATURE_MAPS[feature_map](q), FEATURE_MAPS[feature_map](k)
     if memory is None:
-        memory = empty_memory(*k.shape[::2], v.shape[3], k.shape[3], normalizer=normalizer)
+        memory = empty_memory(k.shape[0], k.shape[2], v.shape[3], k.shape[3], normalizer=normalizer)
     if form == "auto" and q.shape[1] == 1:
         form = "reference"
 
