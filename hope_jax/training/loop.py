@@ -113,17 +113,17 @@ def run(
     try:
         with (
             interrupts() as stop,
-            Run(experiment, model, tx, data, sample, clock) as session,
+            Run(experiment, model, tx, data, sample, clock) as current,
         ):
-            while session.step < training.steps and not stop.is_set():
-                session.advance()
-                last = session.step == training.steps
-                if last or is_due(session.step, training.evaluate_every):
-                    session.evaluate()
-                if is_due(session.step, training.save_every) and session.is_sound():
-                    session.save()
-            session.save()
-        return session.summarise(about or {})
+            while current.step < training.steps and not stop.is_set():
+                current.advance()
+                last = current.step == training.steps
+                if last or is_due(current.step, training.evaluate_every):
+                    current.evaluate()
+                if is_due(current.step, training.save_every) and current.is_sound():
+                    current.save()
+            current.save()
+        return current.summarise(about or {})
     except OSError as error:
         left = what_is_left(folder / "checkpoints")
         raise RunError(f"{folder} stopped: {error}; of the checkpoints {left}") from error
