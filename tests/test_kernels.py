@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax import sharding
 from hope_jax.ops.fastkv import FastKVMemory, fast_kv
 from hope_jax.ops.selfref import SelfReferentialMemory, Slow, self_referential
 
@@ -222,3 +223,13 @@ def test_memories_that_do_not_fit_on_chip_are_refused(dtype, chunk, fits):
     else:
         with pytest.raises(ValueError, match="on-chip memory does not hold chunks of 64"):
             shapes()
+
+
+def test_a_mesh_of_several_devices_is_refused():
+    normal = normals(5)
+    arrays = [normal(8, 16, 1, 16) for _ in range(3)] + [normal(8, 16, 1) for _ in range(2)]
+    with (
+        sharding.use(sharding.MeshConfig().build()),
+        pytest.raises(ValueError, match="not split over devices, got a mesh of 8"),
+    ):
+        fast_kv(*arrays, chunk=16, form=KERNEL)

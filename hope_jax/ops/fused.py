@@ -96,6 +96,9 @@ def refusal(plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
     Returns:
       One sentence, or None.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return f"a launch is not split over devices, got a mesh of {mesh.size}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernels take bfloat16 and float32, got {dtype}"
     if plan.chunk not in (16, 32, 64, 128):
