@@ -104,7 +104,7 @@ def sweep(name, experiment, rates, seeds, every):
                 right = jnp.sum(weights * (jnp.argmax(logits, -1) == batch.tokens[:, 1:]))
             return jnp.sum(nats * weights), jnp.sum(weights), right
 
-        return each(one, params)
+        return jax.lax.map(one, params)  # one after the other: valid batches may be large
 
     @partial(jax.jit, donate_argnums=2)
     def keep_best(params, loss, best):
