@@ -42,6 +42,7 @@ class ModelConfig:
       layers: Blocks.
       vocabulary: Token ids; None takes the tokenizer's.
       tie: Whether the embedding also scores the next token.
+      norm_epsilon: What the norms of the residual stream add to its mean square.
       dtype: What activations are computed in; parameters and memories are float32.
       remat: What the backward pass computes again: "none", all but matrix products ("dots"), or
         "full" (everything but the blocks' inputs).
@@ -53,6 +54,7 @@ class ModelConfig:
     layers: int = 2
     vocabulary: int | None = None
     tie: bool = True
+    norm_epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
 
@@ -60,6 +62,8 @@ class ModelConfig:
         for name in ("width", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.norm_epsilon <= 0:
+            raise ValueError(f"norm_epsilon must be above 0, got {self.norm_epsilon}")
         if self.vocabulary is not None and self.vocabulary < 1:
             raise ValueError(f"vocabulary must be at least 1, got {self.vocabulary}")
         if getattr(self.mixer, "head_width", None) is None and self.width % self.mixer.heads:
@@ -102,10 +106,10 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray):
         mixer, continuum = jax.random.split(key)
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.mixer = config.mixer.build(config.width, depth=config.layers, key=mixer)
         self.continuum: ContinuumMemory = config.continuum.build(
-            config.width, depth=config.layers, key=continuum
+            config.width, depth=config.layers, epsilon=config.norm_epsilon, key=continuum
         )
 
     def __call__(
@@ -131,7 +135,7 @@ class Decoder(nnx.Module):
         self.blocks = jax.vmap(lambda one: Block(config, key=one))(
             jax.random.split(blocks, config.layers)
         )
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tie:
             self.head = Embedding(ids, config.width, key=head)
 

@@ -52,21 +52,30 @@ class ContinuumConfig:
         if not self.levels:
             raise ValueError("levels must name at least one level, got none")
 
-    def build(self, width: int, *, depth: int, key: PRNGKeyArray) -> "ContinuumMemory":
-        """Makes the layer for a model of `width` and `depth` layers."""
-        return ContinuumMemory(self, width, depth=depth, key=key)
+    def build(
+        self, width: int, *, depth: int, epsilon: float, key: PRNGKeyArray
+    ) -> "ContinuumMemory":
+        """Makes the layer for a model of `width` and `depth` layers; `epsilon` is its norms'."""
+        return ContinuumMemory(self, width, depth=depth, epsilon=epsilon, key=key)
 
 
 class Level(nnx.Module):
     """A memory made of a feed-forward network: what it stores is in its weights."""
 
     def __init__(
-        self, config: LevelConfig, width: int, *, index: int, branches: int, key: PRNGKeyArray
+        self,
+        config: LevelConfig,
+        width: int,
+        *,
+        index: int,
+        branches: int,
+        epsilon: float,
+        key: PRNGKeyArray,
     ):
         self.activation = config.activation
         into, out = jax.random.split(key)
         count = 2 if config.gated else 1
-        self.norm = RMSNorm(width)
+        self.norm = RMSNorm(width, epsilon=epsilon)
         self.up = parameter(
             normal(into, (count, width, config.hidden), 1 / sqrt(width)),
             (None, "embed", "mlp"),
@@ -97,11 +106,26 @@ class ContinuumMemory(nnx.Module):
       Behrouz et al., "Nested Learning", 2025, section 7.1.
     """
 
-    def __init__(self, config: ContinuumConfig, width: int, *, depth: int, key: PRNGKeyArray):
+    def __init__(
+        self,
+        config: ContinuumConfig,
+        width: int,
+        *,
+        depth: int,
+        epsilon: float,
+        key: PRNGKeyArray,
+    ):
         self.config = config
         count = len(config.levels)
         self.levels = nnx.List(
-            Level(level, width, index=index, branches=2 * depth * count, key=one)
+            Level(
+                level,
+                width,
+                index=index,
+                branches=2 * depth * count,
+                epsilon=epsilon,
+                key=one,
+            )
             for index, (level, one) in enumerate(
                 zip(config.levels, jax.random.split(key, count), strict=True)
             )

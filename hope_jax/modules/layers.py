@@ -38,13 +38,15 @@ def normal(key: PRNGKeyArray, shape: Sequence[int], scale: float) -> Array:
 class RMSNorm(nnx.Module):
     """Divides by the root mean square over the last axis, then scales by a learned vector."""
 
-    def __init__(self, width: int, *, axis: str | None = "embed"):
+    def __init__(self, width: int, *, axis: str | None = "embed", epsilon: float = 1e-6):
+        self.epsilon = epsilon
         self.scale = parameter(jnp.ones(width), (axis,), "vector")
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalizes in float32, answers in the dtype of `x`."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-6)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(mean + self.epsilon)
         return (wide * self.scale[...]).astype(x.dtype)
 
 
