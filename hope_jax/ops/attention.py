@@ -1,5 +1,6 @@
 """Softmax attention over the last `window` tokens, with a ring of keys and values as memory."""
 
+from collections.abc import Callable
 from math import tau
 from typing import Literal, NamedTuple
 
@@ -9,6 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import platform
+
+Frequencies = Float[np.ndarray, " half_width"]
+"""Radians by which each pair of features turns from one token to the next, in float64."""
 
 _DIGIT = 4096
 
@@ -42,9 +46,14 @@ def empty_memory(
 
 
 def rotary_angles(
-    positions: Int[Array, " T"], width: int, base: float
+    positions: Int[Array, " T"],
+    width: int,
+    base: float,
+    scaling: Callable[[Frequencies], Frequencies] | None = None,
 ) -> Float[Array, "T half_width"]:
     """The angle by which rotary embedding turns each pair of features.
+
+    Pair i turns by `base^(-2i / width)` a token, or by what `scaling` makes of that.
 
     A position is written in digits of base 4096 and each digit's turn is taken modulo a full
     one beforehand, in float64: position 10,000,000 is as exact as position 10.
@@ -53,6 +62,7 @@ def rotary_angles(
       Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
     """
     frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    frequency = frequency if scaling is None else scaling(frequency)
     angle = jnp.zeros((positions.shape[0], width // 2), jnp.float32)
     for power in range(3):
         turn = np.mod(frequency * float(_DIGIT) ** power, tau).astype(np.float32)
@@ -78,6 +88,7 @@ def sliding_attention(
     *,
     window: int,
     rotary_base: float = 10_000.0,
+    rotary_scaling: Callable[[Frequencies], Frequencies] | None = None,
 ) -> tuple[Float[Array, "B T H K"], AttentionMemory]:
     """Reads the last `window` tokens of the same document, the current one included.
 
@@ -91,6 +102,7 @@ def sliding_attention(
       starts: True where a document begins: it sees nothing before itself.
       window: How many tokens a token sees.
       rotary_base: The longest wavelength of the rotary embedding, over 2 pi.
+      rotary_scaling: What becomes of its frequencies; None leaves them.
 
     Returns:
       What each token read, and the memory after the last token.
@@ -101,7 +113,7 @@ def sliding_attention(
     time = q.shape[1]
     position = jnp.zeros((), jnp.int32) if memory is None else memory.position
     positions = position + jnp.arange(time, dtype=jnp.int32)
-    angle = rotary_angles(positions, q.shape[-1], rotary_base)
+    angle = rotary_angles(positions, q.shape[-1], rotary_base, rotary_scaling)
     q, k = rotate(q, angle), rotate(k, angle)
 
     begin = _document_begin(positions, memory, starts, q.shape[0])
