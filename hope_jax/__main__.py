@@ -44,12 +44,27 @@ def parser() -> argparse.ArgumentParser:
     sizes = commands.add_parser("sizes", help=about, description=about)
     sizes.set_defaults(run=print_sizes)
     sizes.add_argument("configs", metavar="CONFIG", nargs="+")
+    about = "compare optimizers on tasks, and go on where it was: CONFIG [key=value ...]"
+    comparison = commands.add_parser("compare", help=about, description=about)
+    comparison.set_defaults(run=compare)
+    comparison.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/compare_*")
+    comparison.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     about = "learn the tokenizer of a config, or find it: CONFIG FOLDER [key=value ...]"
     tokenizer = commands.add_parser("tokenizer", help=about, description=about)
     tokenizer.set_defaults(run=make_tokenizer)
     tokenizer.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
     tokenizer.add_argument("folder", metavar="FOLDER", help="where the tokenizer goes")
     tokenizer.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    about = "compile the steps of a config for TPUs that are not there, and say what they cost"
+    steps = commands.add_parser("compile", help=about, description=about)
+    steps.set_defaults(run=compile_steps)
+    steps.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/")
+    steps.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="+",
+        help="topology=v5e:16x16 (also v4, v5p, v6e), only=train|eval, and settings to change",
+    )
     return whole
 
 
@@ -95,6 +110,15 @@ def print_sizes(given: argparse.Namespace) -> int:
     return 0
 
 
+def compare(given: argparse.Namespace) -> int:
+    """Runs what was not run before, and writes the report."""
+    from hope_jax.comparison.compare import load, run
+
+    folder = run(load(given.config, given.overrides))
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
 def make_tokenizer(given: argparse.Namespace) -> int:
     """Writes the tokenizer into a folder."""
     from hope_jax import config
@@ -105,6 +129,13 @@ def make_tokenizer(given: argparse.Namespace) -> int:
         tokenizer.save(given.folder)
     print(f"{tokenizer.vocabulary} ids ({tokenizer.fingerprint}), written to {given.folder}")
     return 0
+
+
+def compile_steps(given: argparse.Namespace) -> int:
+    """Compiles ahead of time; returns 1 if something does not fit."""
+    from hope_jax import compile_steps as command
+
+    return 0 if command.run(given.config, given.overrides) else 1
 
 
 if __name__ == "__main__":

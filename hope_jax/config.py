@@ -35,7 +35,7 @@ class Experiment:
       data: From what.
       optimizer: By which rule.
       training: How long, and what happens on the way.
-      mesh: On which devices.
+      mesh: On which devices; "auto" chooses by their number and the sizes above, and says why.
       seed: Of the parameters; data and tasks have their own.
       name: Of the run and of its folder; the config file's by default.
     """
@@ -44,7 +44,7 @@ class Experiment:
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+    mesh: MeshConfig | Literal["auto"] = field(default_factory=MeshConfig)
     seed: int = 0
     name: str = "run"
 

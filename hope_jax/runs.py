@@ -1,10 +1,12 @@
 """Opens what training left behind: a run's settings, tokenizer and data, and a model from it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -75,10 +77,45 @@ def find(path: Path) -> Run:
     return Run(folder, experiment, tokenizer, path if is_checkpoint else None)
 
 
+def lay_out(
+    experiment: Experiment,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    memory: int | None = None,
+) -> tuple[Mesh, str | None]:
+    """Builds the mesh of an experiment.
+
+    Args:
+      experiment: Its `mesh` may be "auto".
+      devices: All of them by default.
+      memory: Bytes of a device; None asks the device.
+
+    Returns:
+      The mesh, and why it was chosen if it was.
+
+    Raises:
+      ValueError: The devices cannot be laid out so.
+    """
+    devices = jax.devices() if devices is None else devices
+    if isinstance(experiment.mesh, sharding.MeshConfig):
+        return experiment.mesh.build(devices), None
+    if memory is None:
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+    chosen, reason = sharding.automatic(
+        len(devices),
+        parameters=experiment.model.parameters(),
+        batch=experiment.data.batch,
+        window=experiment.data.window,
+        heads=experiment.model.mixer.heads,
+        memory=memory,
+    )
+    return chosen.build(devices), reason
+
+
 def mesh(experiment: Experiment) -> Mesh:
     """The mesh that a run was trained on; where it does not fit the devices, all share it all."""
     try:
-        return experiment.mesh.build()
+        return lay_out(experiment)[0]
     except ValueError:
         return sharding.MeshConfig(data=1, fsdp=-1).build()
 

@@ -109,7 +109,7 @@ class DataConfig:
             cannot be split over the devices.
         """
         mesh = jax.sharding.get_mesh()
-        placement = _place(self.batch, None if mesh.empty else mesh)
+        placement = _place(self, None if mesh.empty else mesh)
         tokenizer = self.build_tokenizer() if tokenizer is None else tokenizer
         if tokenizer.vocabulary != self.vocabulary:
             raise ValueError(
@@ -118,6 +118,28 @@ class DataConfig:
             )
         streams = [self._streams(part.source, tokenizer) for part in _parts(self.source)]
         return Data(self, tokenizer, streams, placement)
+
+    def abstract(self, *, weighted: bool | None = None) -> Batch:
+        """The shapes of a batch, and their shardings on the mesh in use, without any data.
+
+        Args:
+          weighted: Whether targets count differently, as in `Data.valid`; None for a batch of
+            training, where the source says it.
+
+        Raises:
+          ValueError: The batch or the window cannot be split over the devices.
+        """
+        mesh = jax.sharding.get_mesh()
+        _place(self, mesh)
+        if weighted is None:
+            weighted = any(isinstance(part.source, RecallConfig) for part in _parts(self.source))
+
+        def lay(width: int, dtype: type) -> jax.ShapeDtypeStruct:
+            shape = self.batch, width
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(shape, mesh))
+
+        long, weights = self.window + 1, lay(self.window, np.float32) if weighted else None
+        return Batch(lay(long, np.int32), lay(long, bool), weights)
 
     def _streams(self, source: SingleSource, tokenizer: Tokenizer) -> dict[str, Stream]:
         if isinstance(source, RecallConfig):
@@ -384,18 +406,20 @@ class Placement(NamedTuple):
         return jax.make_array_from_process_local_data(_sharding(shape, self.mesh), local, shape)
 
 
-def _place(batch: int, mesh: Mesh | None) -> Placement:
+def _place(config: DataConfig, mesh: Mesh | None) -> Placement:
     """Finds the rows of a batch that lie on devices of this process."""
+    batch = config.batch
     if mesh is None:
         if jax.process_count() > 1:
             raise ValueError("several processes need a mesh in use: `with sharding.use(mesh):`")
         return Placement(np.arange(batch), batch, None)
-    pieces = int(np.prod([mesh.shape[axis] for axis in sharding.RULES["batch"]]))
-    if batch % pieces:
-        raise ValueError(
-            f"batch must be divisible by {pieces}, the devices that share it "
-            f"({' x '.join(sharding.RULES['batch'])}), got {batch}"
-        )
+    for name, axis, size in (("batch", "batch", batch), ("window", "time", config.window)):
+        pieces = sharding.pieces(axis, mesh)
+        if size % pieces:
+            raise ValueError(
+                f"{name} must be divisible by {pieces}, the devices that share it "
+                f"({' x '.join(sharding.RULES[axis])}), got {size}"
+            )
     shape = (batch, 1)
     shards = _sharding(shape, mesh).addressable_devices_indices_map(shape).values()
     rows = {row for index in shards if index for row in range(*index[0].indices(batch))}
@@ -403,7 +427,8 @@ def _place(batch: int, mesh: Mesh | None) -> Placement:
 
 
 def _sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    return sharding.named(("batch", "time"), shape, mesh)
+    # A row of ids is small and has one token more than a window: every device has it whole.
+    return sharding.named(("batch", None), shape, mesh)
 
 
 def _stack(pieces: Sequence[Piece], *, isolate: bool, weighted: bool) -> Piece:

@@ -249,3 +249,10 @@ def compile_train_step(
         out_shardings=(shardings, everywhere),
     )
     return step.lower(state, batch).compile()
+
+
+def compile_eval_step(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> jax.stages.Compiled:
+    """Compiles `eval_step` ahead of a run; takes shapes and shardings."""
+    everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+    step = jax.jit(partial(eval_step, graphdef), out_shardings=everywhere)
+    return step.lower(params, batch).compile()
