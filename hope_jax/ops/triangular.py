@@ -5,14 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 BLOCK = 16
-"""Below this size rows are substituted one by one; above it, inverses of halves are merged."""
+"""Up to this size merges are masked products of whole blocks; above it, of the halves alone."""
 
 
 @jax.custom_vjp
 def unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """Inverts `I + lower`.
 
-    Substitution in diagonal blocks of 16, then merges of neighbours,
+    Block substitution: neighbours of 1, 2, 4, ... rows are merged,
 
         [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]].
 
@@ -30,7 +30,7 @@ def unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batc
     """
     size = lower.shape[-1]
     if size <= BLOCK:
-        return _substitute(lower)
+        return _invert_block(lower)
     width = BLOCK
     while width < size:
         width *= 2
@@ -89,23 +89,27 @@ def _solve_backward(residuals, cotangent):
 unit_lower_solve.defvjp(_solve_forward, _solve_backward)
 
 
-def _substitute(lower):
-    """Inverts small blocks row by row: row t is e_t minus `lower`'s mixture of earlier rows."""
+def _invert_block(lower):
+    """Inverts small blocks by the same merges, of 1, 2, 4, ... rows, on the whole block at once.
 
-    def step(t, inverse):
-        mixture = jax.lax.dynamic_index_in_dim(lower, t, -2)
-        mixture = jnp.einsum("...TS,...SC->...TC", mixture, inverse, precision="highest")
-        row = jax.lax.dynamic_index_in_dim(inverse, t, -2) - mixture
-        return jax.lax.dynamic_update_index_in_dim(inverse, row, t, inverse.ndim - 2)
-
-    size = lower.shape[-1]
-    unit = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
-    return jax.lax.fori_loop(1, size, step, unit)
+    The highest bit in which row and column differ tells to which merge an entry belongs, and with
+    `T` the inverses so far the corners that a merge fills are those of `-T L T`.
+    """
+    row = jnp.arange(lower.shape[-1])
+    differ = row[:, None] ^ row
+    inverse = jnp.where(differ == 0, 1, jnp.where(differ == 1, -lower, 0))
+    size = 2
+    while size < lower.shape[-1]:
+        corners = jnp.where((differ >= size) & (differ < 2 * size), lower, 0)
+        corners = jnp.einsum("...IJ,...JK->...IK", inverse, corners, precision="highest")
+        inverse -= jnp.einsum("...IJ,...JK->...IK", corners, inverse, precision="highest")
+        size *= 2
+    return inverse
 
 
 def _merge(lower):
     """Inverts all diagonal blocks at once, then doubles the block until it is the whole."""
-    inverse = _substitute(_diagonal_blocks(lower, BLOCK))
+    inverse = _invert_block(_diagonal_blocks(lower, BLOCK))
     while inverse.shape[-3] > 1:
         size = inverse.shape[-1]
         below = _diagonal_blocks(lower, 2 * size)[..., size:, :size]
