@@ -79,19 +79,32 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
       ConfigError: The file or a setting is wrong.
     """
+    experiment = read(Experiment, path, overrides)
+    if experiment.model.vocabulary is None:
+        known = replace(experiment.model, vocabulary=experiment.data.tokenizer.vocabulary)
+        experiment = replace(experiment, model=known)
+    return experiment
+
+
+def read(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Reads a file of settings as a dataclass, which is named after the file if not by it.
+
+    Args:
+      cls: The dataclass; it has a field `name`.
+      path: See `load`.
+      overrides: See `load`.
+
+    Raises:
+      ConfigError: The file or a setting is wrong.
+    """
     path = Path(path)
     try:
         settings = _read(path)
         for override in overrides:
             settings = _override(settings, override)
-        settings = {"name": path.stem, **settings}
-        experiment = parse(Experiment, settings)
+        return parse(cls, {"name": path.stem, **settings})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    if experiment.model.vocabulary is None:
-        known = replace(experiment.model, vocabulary=experiment.data.tokenizer.vocabulary)
-        experiment = replace(experiment, model=known)
-    return experiment
 
 
 def dump(experiment: Experiment, path: Path):

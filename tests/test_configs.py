@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from hope_jax import config
+from hope_jax.comparison.compare import load
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ALL = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+COMPARISONS = [path for path in ALL if path.stem.startswith("compare_")]
+CONFIGS = [path for path in ALL if path not in COMPARISONS]
 NOMINAL = {"150m": 150e6, "380m": 380e6, "760m": 760e6, "1.3b": 1.3e9}
 FAMILIES = ["fastkv_hope", "gated_deltanet", "hope", "hope_attention", "titans", "transformer"]
 
@@ -16,6 +19,14 @@ def test_a_config_loads_and_says_what_it_is(path):
     experiment = config.load(path)
     assert path.read_text("utf-8").startswith("# ")
     assert experiment.model.vocabulary == experiment.data.vocabulary
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_loads_and_says_what_it_is(path):
+    comparison = load(str(path))
+    assert path.read_text("utf-8").startswith("# ")
+    assert len(comparison.seeds) >= 3
+    assert len(comparison.rates) >= 5
 
 
 @pytest.mark.parametrize("size", NOMINAL)

@@ -21,6 +21,7 @@ BELOW = {
     "models": "shapes sharding ops modules",
     "evaluation": "shapes sharding ops data models",
     "config": "shapes sharding ops data modules optimizers training models evaluation",
+    "comparison": "shapes sharding data optimizers training models config records",
 }
 """What each floor may import. Files that are not named here are front doors and may import all."""
 
@@ -35,6 +36,7 @@ WORLD = {
     "models": "flax numpy safetensors",
     "evaluation": "flax numpy tqdm",
     "config": "yaml pydantic",
+    "comparison": "flax numpy optax matplotlib tqdm",
 }
 """Which packages each floor may import; jax and jaxtyping are everywhere."""
 

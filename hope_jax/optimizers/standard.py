@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from hope_jax.optimizers.parameters import ParamInfo, decay_mask, matrix_labels, with_info
@@ -44,7 +44,7 @@ class ScheduleConfig:
                 f"decay must lie in (0, 1 - warmup={1 - self.warmup:g}], got {self.decay}"
             )
 
-    def build(self, peak: float, steps: int) -> optax.Schedule:
+    def build(self, peak: ArrayLike, steps: int) -> optax.Schedule:
         """Makes the schedule.
 
         Args:

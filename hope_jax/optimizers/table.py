@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 import optax
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from hope_jax.optimizers.context import ContextSteeredConfig
 from hope_jax.optimizers.delta import DeltaMomentumConfig, GMConfig
@@ -98,7 +98,11 @@ class OptimizerConfig:
             raise ValueError(f"clip must be above 0, or null for none, got {self.clip}")
 
     def build(
-        self, steps: int, info: PyTree[ParamInfo] | None = None
+        self,
+        steps: int,
+        info: PyTree[ParamInfo] | None = None,
+        *,
+        learning_rate: ArrayLike | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer of a run.
 
@@ -106,8 +110,10 @@ class OptimizerConfig:
           steps: Steps of the whole run, for the schedule.
           info: What `parameters.describe` read from the model's parameters; None goes by the
             number of axes.
+          learning_rate: In place of the config's; may be traced, so that one program serves many.
         """
-        schedule = self.schedule.build(self.learning_rate, steps)
+        peak = self.learning_rate if learning_rate is None else learning_rate
+        schedule = self.schedule.build(peak, steps)
 
         def rule(period: int) -> optax.GradientTransformation:
             rate = stretched(schedule, period)

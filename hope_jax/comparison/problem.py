@@ -1,0 +1,77 @@
+"""What a task of a comparison has to say: where it starts, what it costs and how it is judged."""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+from jaxtyping import Array, Float, Int, PyTree
+
+from hope_jax.optimizers import ParamInfo
+
+Params = Any  # a pytree of arrays
+Batch = Any  # a pytree of arrays
+Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+"""Sums over a batch and the weights that they are for, by the name of what was measured."""
+
+CHANGEABLE = ("name", "goal", "at_once")
+"""Settings of tasks that change no result."""
+
+
+class Problem(NamedTuple):
+    """A task, ready to be trained on.
+
+    Attributes:
+      init: Makes the parameters of a seed; traced.
+      loss: What is descended on; traced.
+      measure: What is judged; traced. "loss" is, and is the smaller the better.
+      train: Reads the batches of training: the same ones, in the same order, at every call.
+      evaluate: Reads a split, "valid" or "test", once.
+      info: Metadata of the parameters, see `hope_jax.optimizers.describe`.
+      keep_best: Whether a run is judged where its validation loss was lowest, not at its end.
+      at_once: How many runs train in one program; None for all.
+      about: Further facts for the report, as `parameters`.
+    """
+
+    init: Callable[[Int[Array, ""]], Params]
+    loss: Callable[[Params, Batch], Float[Array, ""]]
+    measure: Callable[[Params, Batch], Sums]
+    train: Callable[[], Iterator[Batch]]
+    evaluate: Callable[[str], Iterator[Batch]]
+    info: PyTree[ParamInfo] | None = None
+    keep_best: bool = False
+    at_once: int | None = None
+    about: Mapping[str, float] = MappingProxyType({})
+
+
+class Task(Protocol):
+    """The settings of a task.
+
+    Attributes:
+      name: In files and tables; None for its kind.
+      steps: Of a run.
+      every: Steps between evaluations.
+      goal: Validation loss to reach for good; optimizers are then ranked by the steps it takes.
+    """
+
+    kind: str
+    name: str | None
+    steps: int
+    every: int
+    goal: float | None
+
+    def build(self) -> Problem:
+        """Makes the problem."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """All that its results depend on, as JSON has it."""
+        ...
+
+
+def check(task: Task):
+    """Raises ValueError unless the settings that all tasks have can be."""
+    for name in ("steps", "every"):
+        if getattr(task, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(task, name)}")
+    if task.goal is not None and not task.goal > 0:
+        raise ValueError(f"goal must be above 0, or null for none, got {task.goal}")
