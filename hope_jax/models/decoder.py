@@ -22,7 +22,6 @@ MixerConfig = SelfModifyingTitansConfig | AttentionConfig | TitansConfig | Assoc
 Memory = Any  # a pytree; each sequence layer has its own
 
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -166,11 +165,13 @@ class Decoder(nnx.Module):
     ) -> tuple[Activations, Memory]:
         """`hidden` from the embedded tokens on."""
 
-        @partial(jax.checkpoint, policy=REMAT[self.config.remat], prevent_cse=False)
         def layer(x, block_and_memory):
             block, memory = block_and_memory
             return block(x, memory, starts)
 
+        # A policy that saves all would also save what ops mean to compute again.
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=False)
         x, memory = jax.lax.scan(layer, x, (self.blocks, memory))
         return self.norm(x), memory
 
