@@ -13,6 +13,10 @@ VOCABULARY = 31
 
 CONTINUUM = ContinuumConfig(levels=(LevelConfig(hidden=24), LevelConfig(hidden=16)))
 INDEPENDENT = replace(CONTINUUM, variant="independent")
+IN_CONTEXT = ContinuumConfig(
+    levels=(LevelConfig(hidden=12, chunk=4, momentum=0.5), LevelConfig(hidden=8, chunk=8)),
+    adapt="all",
+)
 SWIGLU = ContinuumConfig(levels=(LevelConfig(hidden=24, gated=True),))
 
 
@@ -39,4 +43,5 @@ MODELS = {
         AssociativeConfig(heads=2, rule="hebbian", feature_map="elu", normalizer=True, chunk=4),
         CONTINUUM,
     ),
+    "attention_in_context": _model(AttentionConfig(heads=2, window=11), IN_CONTEXT),
 }

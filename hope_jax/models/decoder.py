@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from hope_jax.shapes import Activations, Logits, Starts, Tokens
 from hope_jax.sharding import constrain
 
 MixerConfig = SelfModifyingTitansConfig | AttentionConfig | TitansConfig | AssociativeConfig
-Memory = Any  # a pytree; each sequence layer has its own
+Memory = Any  # a pytree: `BlockMemory` with the layers stacked in front
 
 REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -92,12 +92,26 @@ class ModelConfig:
     def flops_per_token(self, context: int) -> float:
         """FLOPs of a forward pass for each token of a sequence of `context` tokens.
 
-        Two for each parameter that a token meets in a matrix product, and the sequence layer's
-        own. A training step costs three times that; what rematerialisation repeats is not counted.
+        Two for each parameter that a token meets in a matrix product, and what sequence layer and
+        continuum do with fast weights. A training step costs three times that; what
+        rematerialisation repeats is not counted.
         """
         table = self.known_vocabulary() * self.width
         products = self.parameters() - (0 if self.tie else table)
-        return 2 * products + self.layers * self.mixer.flops(self.width, context)
+        fast = self.mixer.flops(self.width, context) + self.continuum.flops(self.width)
+        return 2 * products + self.layers * fast
+
+
+class BlockMemory(NamedTuple):
+    """What a block carries from call to call.
+
+    Attributes:
+      mixer: The sequence layer's memory.
+      continuum: One entry for each level, None for those that learn nothing in context.
+    """
+
+    mixer: Any
+    continuum: tuple[Any, ...]
 
 
 class Block(nnx.Module):
@@ -111,12 +125,21 @@ class Block(nnx.Module):
             config.width, depth=config.layers, epsilon=config.norm_epsilon, key=continuum
         )
 
+    def initial_memory(self, batch: int, dtype: jnp.dtype) -> BlockMemory:
+        """What `memory=None` means."""
+        return BlockMemory(
+            self.mixer.initial_memory(batch, dtype), self.continuum.initial_memory(batch, dtype)
+        )
+
     def __call__(
-        self, x: Activations, memory: Memory = None, starts: Starts | None = None
-    ) -> tuple[Activations, Memory]:
-        """Returns the residual stream after the block, and the sequence layer's memory."""
-        y, memory = self.mixer(self.norm(x), memory, starts)
-        return self.continuum(constrain(x + y, ("batch", "time", "embed_out"))), memory
+        self, x: Activations, memory: BlockMemory | None = None, starts: Starts | None = None
+    ) -> tuple[Activations, BlockMemory]:
+        """Returns the residual stream after the block, and what its memories carry on."""
+        mixer, continuum = (None, None) if memory is None else memory
+        y, mixer = self.mixer(self.norm(x), mixer, starts)
+        x = constrain(x + y, ("batch", "time", "embed_out"))
+        x, continuum = self.continuum(x, continuum, starts)
+        return x, BlockMemory(mixer, continuum)
 
 
 class Decoder(nnx.Module):
@@ -146,7 +169,7 @@ class Decoder(nnx.Module):
     def initial_memory(self, batch: int) -> Memory:
         """What `memory=None` means, as values: leaves `[layers, B, ...]` or `[layers]`."""
         dtype = jnp.dtype(self.config.dtype)
-        return jax.vmap(lambda block: block.mixer.initial_memory(batch, dtype))(self.blocks)
+        return jax.vmap(lambda block: block.initial_memory(batch, dtype))(self.blocks)
 
     def hidden(
         self, tokens: Tokens, memory: Memory = None, starts: Starts | None = None

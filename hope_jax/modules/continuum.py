@@ -1,19 +1,33 @@
 """The Continuum Memory System: a chain of feed-forward memories, each with its own pace."""
 
 from dataclasses import dataclass
-from math import sqrt
-from typing import Literal
+from functools import reduce
+from itertools import pairwise
+from math import log, sqrt
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.layers import RMSNorm, normal, parameter
-from hope_jax.shapes import Activations
+from hope_jax.ops.continuum import (
+    ACTIVATIONS,
+    Activation,
+    LevelMemory,
+    Matrices,
+    Pace,
+    continuum_level,
+    fresh_level,
+    held_level,
+)
+from hope_jax.ops.leaky import leaky_average
+from hope_jax.shapes import Activations, Starts
 from hope_jax.sharding import constrain
 
-ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+RATIO = 4
+"""How much slower each level is than the one before where only the lowest frequency is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,50 +35,172 @@ class LevelConfig:
     """One level: `W1 s(W2 x)`, or `W1 (s(W2 x) * W3 x)` where it is gated.
 
     Attributes:
-      hidden: Hidden units.
+      hidden: Hidden units of each layer.
       activation: s.
-      gated: Whether a second projection multiplies the hidden units (SwiGLU with silu).
+      gated: Whether a second projection multiplies the first hidden units (SwiGLU with silu).
+      depth: Hidden layers.
+      chunk: Tokens between two moves of the level inside a sequence; None for a level that learns
+        nothing there, and whose weights the outer optimizer alone moves.
+      rate: The share of a chunk's whole step that the level takes at first (learned, below 1); with
+        the objective "next_token" the step along the mean gradient, which is not learned.
+      retain: What survives of its deltas at a move, at first.
+      momentum: What survives of its momentum at a move, at first; 0 for none.
     """
 
     hidden: int
-    activation: Literal["gelu", "relu", "silu"] = "silu"
+    activation: Activation = "silu"
     gated: bool = False
+    depth: int = 1
+    chunk: int | None = None
+    rate: float = 0.5
+    retain: float = 0.98
+    momentum: float = 0.0
 
     def __post_init__(self):
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {self.hidden}")
+        for name in ("hidden", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk is not None and self.chunk < 2:
+            raise ValueError(f"chunk must be at least 2, or null for none, got {self.chunk}")
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0, got {self.rate}")
+        if not 0 < self.retain < 1:
+            raise ValueError(f"retain must lie between 0 and 1, got {self.retain}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContinuumConfig:
     """Levels, fastest first.
 
+    `levels: 4` with `lowest_frequency: 4096` and `hidden: 512` is a shorthand for four levels of
+    512 hidden units whose chunks are 64, 256, 1024 and 4096 tokens, each four times the last one.
+
     Attributes:
-      variant: "sequential" chains the levels (eqs. 70, 73); "independent" lets each read the same
-        input and sums what they say with learned softmax weights (eq. 74).
+      variant: "sequential" chains the levels (eqs. 70, 73); "nested" chains them too, and each
+        level carries the deltas that the one before it begins with after each of its chunks
+        (eq. 72); "independent" lets each read the same input and sums what they say with learned
+        softmax weights (eq. 74); "headwise" does so with a share of the features for each;
+        "leaky" averages what each says over its last `chunk` tokens or so, with learned leaks,
+        before they are summed: its levels learn nothing in context.
       levels: At least one. One level is the feed-forward network of a transformer.
+      lowest_frequency: Tokens between two moves of the slowest level, where `levels` is a number.
+      hidden: Hidden units of each level, where `levels` is a number.
+      objective: What levels with a chunk learn in context: "local", to say at each token a learned
+        view of the next one's input, inside every call of the model; "next_token", to lower the
+        model's own loss, which `hope_jax.read` does (see `models.adapt`).
+      adapt: Which matrices of a level move in context: its "output" alone, which costs half the
+        memory and no second pass through the level, or "all".
+      dgd: Whether moves are those of delta gradient descent.
+      surprise: The root mean square error below which a level writes nothing.
     """
 
-    variant: Literal["sequential", "independent"] = "sequential"
-    levels: tuple[LevelConfig, ...]
+    variant: Literal["sequential", "nested", "independent", "headwise", "leaky"] = "sequential"
+    levels: tuple[LevelConfig, ...] | int
+    lowest_frequency: int | None = None
+    hidden: int | None = None
+    objective: Literal["local", "next_token"] = "local"
+    adapt: Literal["output", "all"] = "output"
+    dgd: bool = False
+    surprise: float = 0.0
 
     def __post_init__(self):
+        if isinstance(self.levels, int):
+            spread = spread_levels(self.levels, self.lowest_frequency, self.hidden)
+            object.__setattr__(self, "levels", spread)
+            object.__setattr__(self, "lowest_frequency", None)
+            object.__setattr__(self, "hidden", None)
+        if self.lowest_frequency is not None or self.hidden is not None:
+            raise ValueError("lowest_frequency and hidden must go with a number of levels alone")
         if not self.levels:
             raise ValueError("levels must name at least one level, got none")
+        if self.surprise < 0:
+            raise ValueError(f"surprise must be at least 0, got {self.surprise}")
+        chunks = [level.chunk for level in self.levels]
+        if self.variant in ("nested", "leaky") and None in chunks:
+            raise ValueError(f"every level must have a chunk in a {self.variant} continuum")
+        if self.variant == "nested":
+            _check_nesting(chunks)
+        if self.objective == "local":
+            for level in self.levels:
+                if level.rate >= 1:
+                    raise ValueError(f"rate must be below 1, got {level.rate}")
+        elif self.variant == "nested" or self.dgd:
+            raise ValueError("objective must be local for a nested continuum or dgd")
+        else:
+            _check_multiples(chunks)
 
     def build(
         self, width: int, *, depth: int, epsilon: float, key: PRNGKeyArray
     ) -> "ContinuumMemory":
-        """Makes the layer for a model of `width` and `depth` layers; `epsilon` is its norms'."""
+        """Makes the layer for a model of `width` and `depth` layers; `epsilon` is its norms'.
+
+        Raises:
+          ValueError: The features cannot be shared out between the levels.
+        """
+        if self.variant == "headwise" and width % len(self.levels):
+            raise ValueError(
+                f"the number of levels must divide width={width} in a headwise continuum, "
+                f"got {len(self.levels)}"
+            )
         return ContinuumMemory(self, width, depth=depth, epsilon=epsilon, key=key)
+
+    def learns(self) -> bool:
+        """Whether some level moves inside a sequence."""
+        return self.variant != "leaky" and any(level.chunk for level in self.levels)
+
+    def flops(self, width: int) -> float:
+        """FLOPs a token of a forward pass beside two for each parameter: reading and moving deltas.
+
+        Two for a delta's part in the answer and two for its gradient; where all matrices move,
+        four more for the way back through each but the first layer.
+        """
+        if not self.learns():
+            return 0
+        width = width // len(self.levels) if self.variant == "headwise" else width
+        total = 0
+        for level in self.levels:
+            first = (2 if level.gated else 1) * width * level.hidden
+            behind = (level.depth - 1) * level.hidden**2 + width * level.hidden
+            fast = 4 * first + 8 * behind if self.adapt == "all" else 4 * width * level.hidden
+            total += 0 if level.chunk is None else fast
+        return total
+
+
+def spread_levels(
+    count: int, lowest_frequency: int | None, hidden: int | None
+) -> tuple[LevelConfig, ...]:
+    """Makes levels each `RATIO` times as slow as the one before.
+
+    Raises:
+      ValueError: A number is missing, or the chunks would not be whole.
+    """
+    if count < 1:
+        raise ValueError(f"levels must name at least one level, got {count}")
+    if lowest_frequency is None or hidden is None:
+        raise ValueError("a number of levels must come with lowest_frequency and hidden")
+    fastest = RATIO ** (count - 1)
+    if lowest_frequency % fastest or lowest_frequency < 2 * fastest:
+        raise ValueError(
+            f"lowest_frequency must be a multiple of {fastest}, at least twice that, for {count} "
+            f"levels, got {lowest_frequency}"
+        )
+    chunks = [lowest_frequency // RATIO**slower for slower in range(count - 1, -1, -1)]
+    return tuple(LevelConfig(hidden=hidden, chunk=chunk) for chunk in chunks)
 
 
 class Level(nnx.Module):
-    """A memory made of a feed-forward network: what it stores is in its weights."""
+    """A memory made of a feed-forward network: what it stores is in its weights.
+
+    The weights are parameters. What a level learns in a sequence is added to them, and comes in and
+    goes out with the call.
+    """
 
     def __init__(
         self,
         config: LevelConfig,
+        continuum: ContinuumConfig,
         width: int,
         *,
         index: int,
@@ -72,31 +208,134 @@ class Level(nnx.Module):
         epsilon: float,
         key: PRNGKeyArray,
     ):
-        self.activation = config.activation
+        self.config, self.continuum = config, continuum
+        hidden = config.hidden
         into, out = jax.random.split(key)
         count = 2 if config.gated else 1
         self.norm = RMSNorm(width, epsilon=epsilon)
         self.up = parameter(
-            normal(into, (count, width, config.hidden), 1 / sqrt(width)),
-            (None, "embed", "mlp"),
-            "matrix",
+            normal(into, (count, width, hidden), 1 / sqrt(width)), (None, "embed", "mlp"), "matrix"
         )
         self.down = parameter(
-            normal(out, (config.hidden, width), 1 / sqrt(branches * config.hidden)),
-            ("mlp", "embed"),
-            "matrix",
+            normal(out, (hidden, width), 1 / sqrt(branches * hidden)), ("mlp", "embed"), "matrix"
         )
-        for weight in (self.norm.scale, self.up, self.down):
+        own = [self.norm.scale, self.up, self.down]
+        middle, view = jax.random.split(jax.random.fold_in(key, 1))
+        if config.depth > 1:
+            shape = (config.depth - 1, hidden, hidden)
+            self.middle = parameter(
+                normal(middle, shape, 1 / sqrt(hidden)), (None, None, "mlp"), "matrix"
+            )
+            own.append(self.middle)
+        if continuum.variant == "leaky":
+            leak = jnp.full(width, _logit(1 - 1 / config.chunk))
+            self.leak = parameter(leak, ("embed",), "vector")
+            own.append(self.leak)
+        elif config.chunk is not None and continuum.objective == "local":
+            self.view = parameter(
+                normal(view, (width, width), 1 / sqrt(width)), ("embed", None), "matrix"
+            )
+            self.pace = parameter(jnp.asarray(self._logits()), (None,), "vector")
+            own += [self.view, self.pace]
+        for weight in own:
             weight.set_metadata(level=index)
 
-    def __call__(self, x: Activations) -> Activations:
-        """Returns what the level recalls for each token."""
-        hidden = jnp.einsum("BTD,PDF->BTPF", self.norm(x), self.up[...].astype(x.dtype))
+    def _logits(self) -> list[float]:
+        """Rate, retention and momentum if there is one, before their sigmoids."""
+        config = self.config
+        numbers = [config.rate, config.retain, *([config.momentum] if config.momentum else [])]
+        return [_logit(number) for number in numbers]
+
+    def initial_memory(self, batch: int, dtype: jnp.dtype, *, carried: bool) -> Any:
+        """What no memory means; None for a level that carries nothing from call to call."""
+        width = self.norm.scale.shape[0]
+        if self.continuum.variant == "leaky":
+            return jnp.zeros((batch, width))
+        if self.config.chunk is None:
+            return None
+        local = self.continuum.objective == "local"
+        moving = self._moving()
+        return fresh_level(
+            moving,
+            moving[0].shape[1] if local else 0,
+            batch,
+            dtype,
+            momentum=self.config.momentum > 0,
+            outer=carried,
+        )
+
+    def __call__(
+        self,
+        x: Activations,
+        memory: Any = None,
+        starts: Starts | None = None,
+        *,
+        carrier: "Level | None" = None,
+    ) -> tuple[Activations, Any]:
+        """Returns what the level recalls for each token, and what it carries on.
+
+        Args:
+          x: The tokens.
+          memory: What earlier ones left behind.
+          starts: Where documents begin.
+          carrier: The slower level that carries what this one's deltas begin with, if any.
+        """
+        config = self.config
+        x = self.norm(x)
+        if self.continuum.variant == "leaky":
+            return leaky_average(self._recall(x), jax.nn.sigmoid(self.leak[...]), memory, starts)
+        if config.chunk is None:
+            return self._recall(x), None
+        inputs = self._hidden(x) if self.continuum.adapt == "output" else x
+        if self.continuum.objective == "next_token":
+            return held_level(inputs, self._moving(), memory, starts, activation=config.activation)
+        return continuum_level(
+            inputs,
+            x @ self.view[...].astype(x.dtype),
+            self._moving(),
+            self.learned_pace(carrier),
+            memory,
+            starts,
+            chunk=config.chunk,
+            outer=None if carrier is None else carrier.config.chunk,
+            activation=config.activation,
+            dgd=self.continuum.dgd,
+            surprise=self.continuum.surprise,
+        )
+
+    def learned_pace(self, carrier: "Level | None" = None) -> Pace:
+        """How the level moves."""
+        numbers = jax.nn.sigmoid(self.pace[...])
+        pace = Pace(numbers[0], numbers[1], numbers[2] if len(numbers) == 3 else None)
+        if carrier is None:
+            return pace
+        slower = carrier.learned_pace()
+        return pace._replace(outer_rate=slower.rate, outer_retain=slower.retain)
+
+    def _moving(self) -> Matrices:
+        """The weights that move in context, as the op has them."""
+        down = self.down[...][None]
+        if self.continuum.adapt == "output":
+            return (down,)
+        middle = [layer[None] for layer in self.middle[...]] if self.config.depth > 1 else []
+        return (self.up[...], *middle, down)
+
+    def _hidden(self, x: Activations) -> Float[Array, "B T F"]:
+        """Returns the last hidden units."""
+        activation = ACTIVATIONS[self.config.activation]
+        hidden = jnp.einsum("BTD,PDF->BTPF", x, self.up[...].astype(x.dtype))
         hidden = constrain(hidden, ("batch", "time", None, "mlp"))
-        active = ACTIVATIONS[self.activation](hidden[:, :, 0])
+        active = activation(hidden[:, :, 0])
         if hidden.shape[2] == 2:
             active = active * hidden[:, :, 1]
-        return active @ self.down[...].astype(x.dtype)
+        if self.config.depth == 1:
+            return active
+        layers = self.middle[...].astype(x.dtype)
+        return reduce(lambda active, layer: activation(active @ layer), layers, active)
+
+    def _recall(self, x: Activations) -> Activations:
+        """Reads with the slow weights alone."""
+        return self._hidden(x) @ self.down[...].astype(x.dtype)
 
 
 class ContinuumMemory(nnx.Module):
@@ -120,7 +359,8 @@ class ContinuumMemory(nnx.Module):
         self.levels = nnx.List(
             Level(
                 level,
-                width,
+                config,
+                width // count if config.variant == "headwise" else width,
                 index=index,
                 branches=2 * depth * count,
                 epsilon=epsilon,
@@ -130,17 +370,68 @@ class ContinuumMemory(nnx.Module):
                 zip(config.levels, jax.random.split(key, count), strict=True)
             )
         )
-        if config.variant == "independent":
+        if config.variant in ("independent", "headwise", "leaky"):
             self.mixture = parameter(jnp.zeros(count), (None,), "vector")
 
-    def __call__(self, x: Activations) -> Activations:
-        """Adds what the levels recall to `x`."""
-        if self.config.variant == "sequential":
-            for level in self.levels:
-                x = x + level(x)
-        else:
+    def _carriers(self) -> list[Level | None]:
+        """For each level the slower one that carries what its deltas begin with."""
+        if self.config.variant == "nested":
+            return [*self.levels[1:], None]
+        return [None] * len(self.levels)
+
+    def initial_memory(self, batch: int, dtype: jnp.dtype) -> tuple[Any, ...]:
+        """What `memory=None` means: for each level what it carries, None for nothing."""
+        return tuple(
+            level.initial_memory(batch, dtype, carried=carrier is not None)
+            for level, carrier in zip(self.levels, self._carriers(), strict=True)
+        )
+
+    def __call__(
+        self,
+        x: Activations,
+        memory: tuple[Any, ...] | None = None,
+        starts: Starts | None = None,
+    ) -> tuple[Activations, tuple[LevelMemory | Array | None, ...]]:
+        """Adds what the levels recall to `x`; returns also what they carry on."""
+        memory = memory or (None,) * len(self.levels)
+        chained = self.config.variant in ("sequential", "nested")
+        inputs = [x] * len(self.levels)
+        if self.config.variant == "headwise":
+            inputs = jnp.split(x, len(self.levels), axis=-1)
+        recalled, after = [], []
+        for level, carrier, part, carried in zip(
+            self.levels, self._carriers(), inputs, memory, strict=True
+        ):
+            y, carried = level(x if chained else part, carried, starts, carrier=carrier)
+            after.append(carried)
+            recalled.append(y)
+            x = x + y if chained else x
+        if not chained:
             weights = jax.nn.softmax(self.mixture[...]).astype(x.dtype) * len(self.levels)
-            x = x + sum(
-                weight * level(x) for weight, level in zip(weights, self.levels, strict=True)
+            weighted = [w * y for w, y in zip(weights, recalled, strict=True)]
+            joined = self.config.variant == "headwise"
+            x = x + (jnp.concatenate(weighted, axis=-1) if joined else sum(weighted))
+        return constrain(x, ("batch", "time", "embed_out")), tuple(after)
+
+
+def _logit(share: float) -> float:
+    return log(share / (1 - share))
+
+
+def _check_nesting(chunks: list[int]) -> None:
+    for fast, slow in pairwise(chunks):
+        if slow % fast or slow == fast:
+            raise ValueError(
+                f"the chunk of a level must be a multiple of the one before, which is {fast}, "
+                f"in a nested continuum, got {slow}"
             )
-        return constrain(x, ("batch", "time", "embed_out"))
+
+
+def _check_multiples(chunks: list[int | None]) -> None:
+    known = [chunk for chunk in chunks if chunk is not None]
+    for chunk in known:
+        if chunk % min(known):
+            raise ValueError(
+                f"chunks must be multiples of the shortest, which is {min(known)}, "
+                f"with objective next_token, got {chunk}"
+            )

@@ -1,0 +1,658 @@
+"""A level of a continuum memory: a network whose weights move after every chunk that it reads."""
+
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hope_jax.ops.dispatch import Form, pick
+
+Activation = Literal["gelu", "relu", "silu"]
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+Matrices = tuple[Array, ...]
+"""The layers of a network, each `[P, I, O]`: P projections of one input, whose outputs are
+multiplied where there are two. Deltas have the batch in front."""
+
+
+class Pace(NamedTuple):
+    """How a level moves; learned numbers.
+
+    Attributes:
+      rate: The share of a chunk's whole step that is taken, in [0, 1].
+      retain: What survives of the deltas at a move, in [0, 1].
+      momentum: What survives of the momentum at a move, in [0, 1]; None without.
+      outer_rate: The rate of the slower level that carries this one's initial deltas; None where
+        none does.
+      outer_retain: That level's retention.
+    """
+
+    rate: Float[Array, ""]
+    retain: Float[Array, ""]
+    momentum: Float[Array, ""] | None = None
+    outer_rate: Float[Array, ""] | None = None
+    outer_retain: Float[Array, ""] | None = None
+
+
+class Lesson(NamedTuple):
+    """What a level is taught by some pairs of tokens.
+
+    Attributes:
+      gradient: Of their losses, by layer.
+      energy: The sum of |input|^2, by layer.
+      error: The sum of |error|^2.
+      pairs: How many they are.
+    """
+
+    gradient: Matrices
+    energy: tuple[Float[Array, " B"], ...]
+    error: Float[Array, " B"]
+    pairs: Float[Array, " B"]
+
+
+class Fast(NamedTuple):
+    """What a level has learned in a sequence.
+
+    Attributes:
+      delta: What is added to its slow weights.
+      momentum: Of the moves; None without.
+      pending: What the chunk has taught so far.
+      initial: What the deltas begin with after each chunk of the slower level that carries them;
+        None where none does.
+      outer: What that slower level's chunk has taught so far.
+      writes: Moves made.
+      gated: Moves left out because the chunk surprised too little.
+      skipped: Moves left out because they were not finite.
+    """
+
+    delta: Matrices
+    momentum: Matrices | None
+    pending: Lesson
+    initial: Matrices | None
+    outer: Lesson | None
+    writes: Int[Array, " B"]
+    gated: Int[Array, " B"]
+    skipped: Int[Array, " B"]
+
+
+class LevelMemory(NamedTuple):
+    """What a level carries from call to call.
+
+    Attributes:
+      position: How many tokens were read. It says where in their chunk the next one stands.
+      last: The input of the last of them, which is the next one's key.
+      fast: What was learned.
+    """
+
+    position: Int[Array, ""]
+    last: Float[Array, "B I"]
+    fast: Fast
+
+
+class Setting(NamedTuple):
+    """The keywords of `continuum_level`."""
+
+    chunk: int
+    outer: int | None
+    activation: Activation
+    dgd: bool
+    surprise: float
+
+
+def continuum_level(
+    x: Float[Array, "B T I"],
+    values: Float[Array, "B T V"],
+    weights: Matrices,
+    pace: Pace,
+    memory: LevelMemory | None = None,
+    starts: Bool[Array, "B T"] | None = None,
+    *,
+    chunk: int,
+    outer: int | None = None,
+    activation: Activation = "silu",
+    dgd: bool = False,
+    surprise: float = 0.0,
+    form: str = "auto",
+) -> tuple[Float[Array, "B T V"], LevelMemory]:
+    """Reads `x` with a network that learns, chunk by chunk, to foretell `values`.
+
+    The network N has slow weights theta and, for each sequence, deltas D that begin at zero:
+
+        y_t = N(theta + D; x_t)
+        L_t = 1/2 |N(theta + D; x_{t-1}) - values_t|^2          t - 1 in the chunk and document of t
+
+    D is held during a chunk and moves after tokens chunk, 2 chunk, ... alone, by eq. 71:
+
+        G = sum over the chunk of dL_t/dD  (+ sum D h_{t-1} h_{t-1}^T with `dgd`)
+        D <- retain D - rate G / (1 + sum |h_{t-1}|^2)
+
+    layer by layer, with h what goes into the layer. The denominator is that of the proximal step
+    (eq. 57) for all keys of the chunk: none overshoots, however long. With momentum,
+    `S <- momentum S - (1 - momentum) rate G / (1 + sum |h|^2)` takes the place of the last term.
+    What decays is D, so that a level forgets towards its slow weights.
+
+    Where a slower level carries this one's initial deltas (`outer`, eq. 72), these move after
+    tokens outer, 2 outer, ... by the same rule on all the lessons since, with the slower level's
+    rate and retention, and D begins with them again.
+
+    A move that is not finite is left out and counted; so is one of a chunk whose root mean square
+    error is below `surprise`. A document start sets D, momentum, initial deltas and pending lessons
+    to zero before its token; the chunks' places stay.
+
+    Deltas, lessons and momentum take (2, 3 with momentum, 4 and 5 with `outer`) times 4 bytes for
+    each slow weight that moves and each sequence. FLOPs a token and moving weight: 2 to read with
+    theta, 2 with D, 2 for G, and 4 more for each layer behind another. Inside, errors and lessons
+    are float32 at least; products take their inputs in the type of `x`.
+
+    Args:
+      x: What the network reads.
+      values: What it should have said one token before.
+      weights: theta, first layer first; the last has one projection and is linear.
+      pace: Rates and retentions.
+      memory: What earlier tokens left behind; None for nothing. A call may begin and end anywhere.
+      starts: True where a document starts.
+      chunk: Tokens between two moves; at least 2, for a pair lies inside a chunk.
+      outer: The chunk of the carrying level, a multiple of `chunk`; given exactly if the pace has
+        its rate.
+      activation: Between layers.
+      dgd: Whether moves also erase D along the inputs they saw (delta gradient descent).
+      surprise: See above; 0 lets every chunk write.
+      form: "auto", "chunked" or "reference".
+
+    Returns:
+      What was read, in the type of `x`, and the memory after the last token.
+
+    Raises:
+      ValueError: The chunks do not fit.
+
+    References:
+      Behrouz et al., "Nested Learning: The Illusion of Deep Learning Architecture", 2025, eqs.
+      70-74; 54-57 for delta gradient descent.
+    """
+    _check(chunk, outer, pace)
+    setting = Setting(chunk, outer, activation, dgd, surprise)
+    call = (x, values, weights, pace, memory, starts, setting)
+    return pick(FORMS, form, *call)(*call)
+
+
+def held_level(
+    x: Float[Array, "B T I"],
+    weights: Matrices,
+    memory: LevelMemory | None = None,
+    starts: Bool[Array, "B T"] | None = None,
+    *,
+    activation: Activation = "silu",
+) -> tuple[Float[Array, "B T V"], LevelMemory]:
+    """Reads `x` as `continuum_level` does and learns nothing; see `teach_level`.
+
+    Args:
+      x: What the network reads.
+      weights: theta.
+      memory: Whose deltas are read; None for zero.
+      starts: True where a document starts: what was learned is forgotten before that token.
+      activation: Between layers.
+
+    Returns:
+      What was read, and the memory after the last token.
+    """
+    setting = Setting(1, None, activation, dgd=False, surprise=0.0)
+    slow = _product(weights[0].astype(x.dtype), x)
+    if memory is None:
+        memory = fresh_level(weights, 0, x.shape[0], x.dtype, momentum=False, outer=False)
+        y, _ = _forward(setting, weights, None, None, x, slow)
+        return y, memory._replace(position=memory.position + x.shape[1])
+    opening = None if starts is None else jnp.cumsum(starts, -1) == 0
+    y, _ = _forward(setting, weights, memory.fast.delta, opening, x, slow)
+    fast = memory.fast if opening is None else _forget(memory.fast, opening[:, -1])
+    return y, LevelMemory(memory.position + x.shape[1], memory.last, fast)
+
+
+def teach_level(
+    memory: LevelMemory,
+    gradient: Matrices,
+    loss: Float[Array, " B"],
+    targets: Float[Array, " B"],
+    pace: Pace,
+    *,
+    chunk: int,
+    surprise: float = 0.0,
+) -> LevelMemory:
+    """Adds the gradient of any loss to what is pending, and moves where a chunk has ended.
+
+    The step is `rate G / (1 + targets)`; nothing is foretold and nothing erased.
+
+    Args:
+      memory: After the tokens that the gradient is of.
+      gradient: Of the sum of the losses of some targets, by the deltas.
+      loss: That sum, which a move is gated by in place of the squared error.
+      targets: How many they are.
+      pace: Rate, retention and momentum.
+      chunk: Tokens between two moves.
+      surprise: A chunk whose mean loss is below its square writes nothing.
+    """
+    setting = Setting(chunk, None, "silu", dgd=False, surprise=surprise)
+    energy = tuple(targets for _ in gradient)
+    lesson = Lesson(gradient, energy, loss, targets)
+    fast = memory.fast._replace(pending=jax.tree.map(jnp.add, memory.fast.pending, lesson))
+    ends = memory.position % chunk == 0
+    move = partial(_move, setting, pace, position=memory.position)
+    return memory._replace(fast=jax.lax.cond(ends, move, lambda fast: fast, fast))
+
+
+def fresh_level(
+    weights: Matrices, width: int, batch: int, dtype: jnp.dtype, *, momentum: bool, outer: bool
+) -> LevelMemory:
+    """The memory before the first token.
+
+    Args:
+      weights: The slow weights that deltas are added to.
+      width: Of what the network reads.
+      batch: Sequences.
+      dtype: Of what the network reads.
+      momentum: Whether moves have one.
+      outer: Whether a slower level carries the initial deltas.
+    """
+
+    def zeros() -> Matrices:
+        return tuple(jnp.zeros((batch, *w.shape), _wide(w.dtype)) for w in weights)
+
+    def row() -> Float[Array, " B"]:
+        return jnp.zeros(batch, _wide(weights[0].dtype))
+
+    def lesson() -> Lesson:
+        return Lesson(zeros(), tuple(row() for _ in weights), row(), row())
+
+    fast = Fast(
+        zeros(),
+        zeros() if momentum else None,
+        lesson(),
+        zeros() if outer else None,
+        lesson() if outer else None,
+        *(jnp.zeros(batch, jnp.int32) for _ in range(3)),
+    )
+    return LevelMemory(jnp.zeros((), jnp.int32), jnp.zeros((batch, width), dtype), fast)
+
+
+def reference(
+    x: Float[Array, "B T I"],
+    values: Float[Array, "B T V"],
+    weights: Matrices,
+    pace: Pace,
+    memory: LevelMemory | None,
+    starts: Bool[Array, "B T"] | None,
+    setting: Setting,
+) -> tuple[Float[Array, "B T V"], LevelMemory]:
+    """Follows the equations token by token; every inner gradient is taken by `jax.grad`."""
+    memory = memory or _fresh(x, weights, pace)
+    if starts is None:
+        starts = jnp.zeros(x.shape[:2], bool)
+    network = partial(_network, setting.activation)
+
+    def lesson(delta, key, value):
+        effective = jax.tree.map(jnp.add, weights, delta)
+        inputs = network(effective, key)[1]
+
+        def loss(delta):
+            error = network(jax.tree.map(jnp.add, weights, delta), key)[0] - value
+            return 0.5 * jnp.sum(error**2)
+
+        def erased(delta):
+            pairs = zip(delta, inputs, strict=True)
+            return sum(0.5 * jnp.sum(jnp.einsum("PIO,I->PO", d, h) ** 2) for d, h in pairs)
+
+        gradient = jax.grad(loss)(delta)
+        if setting.dgd:
+            gradient = jax.tree.map(jnp.add, gradient, jax.grad(erased)(delta))
+        energy = tuple(jnp.sum(h**2) for h in inputs)
+        return Lesson(gradient, energy, 2 * loss(delta), jnp.ones_like(energy[0]))
+
+    def step(memory, token):
+        x, value, start = token
+        fast = _forget(memory.fast, ~start)
+        y = jax.vmap(lambda d, x: network(jax.tree.map(jnp.add, weights, d), x)[0])(fast.delta, x)
+        first = (memory.position % setting.chunk == 0) | start
+        taught = jax.vmap(lesson)(fast.delta, memory.last, value)
+        taught = jax.tree.map(lambda a: jnp.where(_rows(first, a), 0, a), taught)
+        fast = fast._replace(pending=jax.tree.map(jnp.add, fast.pending, taught))
+        position = memory.position + 1
+        moved = _move(setting, pace, fast, position)
+        ends = position % setting.chunk == 0
+        fast = jax.tree.map(partial(jnp.where, ends), moved, fast)
+        return LevelMemory(position, x, fast), y
+
+    time_first = [jnp.moveaxis(array, 1, 0) for array in (x, values, starts)]
+    memory, y = jax.lax.scan(step, memory, tuple(time_first))
+    return jnp.moveaxis(y, 0, 1).astype(x.dtype), memory
+
+
+def chunked(
+    x: Float[Array, "B T I"],
+    values: Float[Array, "B T V"],
+    weights: Matrices,
+    pace: Pace,
+    memory: LevelMemory | None,
+    starts: Bool[Array, "B T"] | None,
+    setting: Setting,
+) -> tuple[Float[Array, "B T V"], LevelMemory]:
+    """Goes from chunk to chunk; inside one all is matrix products.
+
+    What does not depend on D is computed before the scan, and D is first read in the second chunk.
+    A call that continues a memory is laid on a grid of tiles, each a part of a chunk and no longer
+    than the call, with padding in front and behind that teaches nothing. The backward pass keeps
+    the deltas at the beginnings of chunks and computes each chunk a second time.
+    """
+    tokens = _Tokens(
+        x=x,
+        slow=_product(weights[0].astype(x.dtype), x),
+        values=values,
+        starts=starts,
+        pairs=jnp.ones(x.shape[:2], bool),
+    )
+    if memory is None:
+        y, fast = _from_nothing(setting, pace, weights, tokens)
+        position = jnp.asarray(x.shape[1], jnp.int32)
+    else:
+        y, fast = _go_on(setting, pace, weights, tokens, memory)
+        position = memory.position + x.shape[1]
+    return y.astype(x.dtype), LevelMemory(position, x[:, -1], fast)
+
+
+FORMS = {"chunked": Form(chunked), "reference": Form(reference)}
+
+
+class _Tokens(NamedTuple):
+    """What a part of a sequence brings along.
+
+    Attributes:
+      x: What the network reads.
+      slow: What the slow weights of the first layer make of it.
+      values: What should have been said one token before.
+      starts: Document starts, or None.
+      pairs: Whether a token and the one before it are of one chunk and of this call.
+    """
+
+    x: Float[Array, "B T I"]
+    slow: Float[Array, "B T P O"]
+    values: Float[Array, "B T V"]
+    starts: Bool[Array, "B T"] | None
+    pairs: Bool[Array, "#B T"]
+
+
+def _from_nothing(setting, pace, weights, tokens):
+    """Reads a sequence from its beginning: the first chunk, whole ones, and the rest of one."""
+    batch, time = tokens.x.shape[:2]
+    size = min(setting.chunk, time)
+    whole = time // setting.chunk
+    fast = _fresh(tokens.x, weights, pace).fast
+    y, taught = _tile(setting, weights, None, _cut(tokens, 0, size))
+    fast = fast._replace(pending=taught)
+    if not whole:
+        return y, fast
+    answers = [y]
+    fast = _move(setting, pace, fast, jnp.asarray(size))
+    nothing = fast.pending
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(fast, inputs):
+        part, index = inputs
+        fast, y = _read(setting, weights, fast, part)
+        fast = _move(setting, pace, fast, (index + 1) * size)
+        return fast._replace(pending=None), y  # it is zero, and large
+
+    if whole > 1:
+        rest = jax.tree.map(lambda a: _chunks(a, size, whole * size), tokens)
+        fast, y = jax.lax.scan(step, fast._replace(pending=None), (rest, jnp.arange(1, whole)))
+        fast = fast._replace(pending=nothing)
+        answers.append(jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1]))
+    if time % size:
+        fast, y = _read(setting, weights, fast, _cut(tokens, whole * size, time))
+        answers.append(y)
+    return jnp.concatenate(answers, 1), fast
+
+
+def _go_on(setting, pace, weights, tokens, memory):
+    """Reads a sequence on from any place in a chunk, tile by tile."""
+    batch, time = tokens.x.shape[:2]
+    size = max(part for part in range(1, min(setting.chunk, time) + 1) if not setting.chunk % part)
+    offset = memory.position % size
+    count = -(-(time + size - 1) // size)
+    before = memory.position - offset
+    index = jnp.arange(count * size)
+    live = (index >= offset) & (index < offset + time)
+    pairs = live & ((before + index) % setting.chunk != 0)
+
+    def lay(array):
+        room = jnp.zeros((batch, count * size + 1, *array.shape[2:]), array.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(room, array, offset + 1, 1)
+
+    def with_last(array, last):
+        return jax.lax.dynamic_update_slice_in_dim(array, last[:, None], offset, 1)
+
+    last = memory.last.astype(tokens.x.dtype)
+    slow = _product(weights[0].astype(last.dtype), last[:, None])[:, 0]
+    grid = _Tokens(
+        with_last(lay(tokens.x), last),
+        with_last(lay(tokens.slow), slow),
+        lay(tokens.values),
+        None if tokens.starts is None else lay(tokens.starts),
+        jnp.broadcast_to(jnp.concatenate([jnp.zeros(1, bool), pairs]), (batch, len(index) + 1)),
+    )
+    tiles = jax.tree.map(lambda a: _tiles(a, size, count), grid)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(fast, inputs):
+        tile, tile_index = inputs
+        if tile.starts is not None:  # that of the leading token was heeded in its own tile
+            tile = tile._replace(starts=tile.starts.at[:, 0].set(False))
+        fast, y = _read(setting, weights, fast, tile)
+        position = before + (tile_index + 1) * size
+        ends = (position % setting.chunk == 0) & (position <= memory.position + time)
+        move = partial(_move, setting, pace, position=position)
+        return jax.lax.cond(ends, move, lambda fast: fast, fast), y[:, 1:]
+
+    fast, y = jax.lax.scan(step, memory.fast, (tiles, jnp.arange(count)))
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, count * size, -1)
+    return jax.lax.dynamic_slice_in_dim(y, offset, time, 1), fast
+
+
+def _read(setting, weights, fast: Fast, tokens: _Tokens):
+    """Reads a part of a chunk; its lessons join those that are pending."""
+    y, taught = _tile(setting, weights, fast.delta, tokens)
+    if tokens.starts is not None:
+        fast = _forget(fast, ~jnp.any(tokens.starts, -1))
+    if fast.pending is not None:
+        taught = jax.tree.map(jnp.add, fast.pending, taught)
+    return fast._replace(pending=taught), y
+
+
+def _tile(setting, weights, delta: Matrices | None, tokens: _Tokens):
+    """Reads tokens at one state of the deltas, None for zero: what they say and what they teach."""
+    x, slow, values, starts, pairs = tokens
+    opening = None
+    if starts is not None:
+        document = jnp.cumsum(starts, -1)
+        opening = document == 0
+        pairs = pairs & ~starts & (document == document[:, -1:])
+    y, path = _forward(setting, weights, delta, opening, x, slow)
+    # A token is the key of the pair that the next one closes.
+    keys = jnp.pad(jnp.broadcast_to(pairs, x.shape[:2])[:, 1:], ((0, 0), (0, 1)))
+    wide = _wide(x.dtype)
+    wanted = jnp.pad(values[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    error = jnp.where(keys[..., None], y.astype(wide) - wanted.astype(wide), 0)
+    gradient, energy = _backward(setting, weights, delta, opening, path, error, keys)
+    taught = Lesson(
+        gradient, energy, jnp.sum(error**2, (1, 2)), jnp.sum(keys, -1, dtype=energy[0].dtype)
+    )
+    return y, taught
+
+
+class _Layer(NamedTuple):
+    """A layer as tokens met it: its input, what D added, and its activation's pullback."""
+
+    x: Float[Array, "B T I"]
+    added: Float[Array, "B T P O"] | None
+    pull: jax.tree_util.Partial | None
+
+
+def _forward(setting, weights, delta, opening, x, slow):
+    """Runs the network; returns its output and the path through its layers."""
+    path = []
+    for layer, weight in enumerate(weights):
+        z = slow if layer == 0 else _product(weight.astype(x.dtype), x)
+        added = None
+        if delta is not None:
+            added = _product(delta[layer].astype(x.dtype), x)
+            added = added if opening is None else _where(opening, added)
+            z = z + added
+        if layer == len(weights) - 1:
+            path.append(_Layer(x, added, None))
+            return z[:, :, 0], path
+        active, pull = jax.vjp(partial(_activate, setting.activation), z)
+        path.append(_Layer(x, added, pull))
+        x = active
+    raise ValueError("weights must hold at least one layer, got none")
+
+
+def _backward(setting, weights, delta, opening, path, error, keys):
+    """Takes the gradient of the pairs' losses by the effective weights, layer by layer."""
+    gradients, energies = [], []
+    dtype = path[0].x.dtype
+    cotangent = error.astype(dtype)[:, :, None]
+    for layer, (x, added, _) in reversed(list(enumerate(path))):
+        taught = cotangent
+        if setting.dgd and added is not None:
+            taught = taught + _where(keys, added)
+        gradient = jnp.einsum("BTI,BTPO->BPIO", x, taught, preferred_element_type=_wide(dtype))
+        gradients.append(gradient)
+        energies.append(jnp.sum(_where(keys, x).astype(_wide(dtype)) ** 2, (1, 2)))
+        if layer:
+            back = jnp.einsum("BTPO,PIO->BTI", cotangent, weights[layer].astype(dtype))
+            if delta is not None:
+                more = jnp.einsum("BTPO,BPIO->BTI", cotangent, delta[layer].astype(dtype))
+                back = back + (more if opening is None else _where(opening, more))
+            (cotangent,) = path[layer - 1].pull(back)
+    return tuple(gradients[::-1]), tuple(energies[::-1])
+
+
+def _move(setting, pace, fast: Fast, position) -> Fast:
+    """Moves the deltas at the end of a chunk, `position` tokens after the first."""
+    change = _step(pace.rate, fast.pending)
+    momentum = fast.momentum
+    if momentum is not None:
+        share = pace.momentum
+        momentum = tuple(share * s + (1 - share) * c for s, c in zip(momentum, change, strict=True))
+        change = momentum
+    delta = tuple(pace.retain * d + c for d, c in zip(fast.delta, change, strict=True))
+    initial, outer = fast.initial, fast.outer
+    if setting.outer is not None:
+        outer = jax.tree.map(jnp.add, outer, fast.pending)
+        carried = _step(pace.outer_rate, outer)
+        carried = tuple(pace.outer_retain * i + c for i, c in zip(initial, carried, strict=True))
+        again = position % setting.outer == 0
+        initial, delta = (
+            jax.tree.map(partial(jnp.where, again), carried, old) for old in (initial, delta)
+        )
+        outer, momentum = jax.tree.map(lambda a: jnp.where(again, 0, a), (outer, momentum))
+    surprised = fast.pending.error >= setting.surprise**2 * fast.pending.pairs
+    finite = _finite((delta, initial))
+    writes = surprised & finite
+
+    def keep(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(_rows(writes, a), a, b), new, old)
+
+    return Fast(
+        keep(delta, fast.delta),
+        keep(momentum, fast.momentum),
+        jax.tree.map(jnp.zeros_like, fast.pending),
+        keep(initial, fast.initial),
+        keep(outer, fast.outer),
+        fast.writes + writes,
+        fast.gated + (finite & ~surprised),
+        fast.skipped + ~finite,
+    )
+
+
+def _step(rate, lesson: Lesson) -> Matrices:
+    """The change that a lesson asks for."""
+    scales = (rate / (1 + energy) for energy in lesson.energy)
+    return tuple(-_rows(s, g) * g for s, g in zip(scales, lesson.gradient, strict=True))
+
+
+def _finite(matrices) -> Bool[Array, " B"]:
+    sums = [jnp.sum(m, tuple(range(1, m.ndim))) for m in jax.tree.leaves(matrices)]
+    return jnp.isfinite(sum(sums))
+
+
+def _forget(fast: Fast, kept: Bool[Array, " B"]) -> Fast:
+    """Sets rows to zero; what was counted stays."""
+    emptied = jax.tree.map(
+        lambda a: jnp.where(_rows(kept, a), a, 0),
+        fast._replace(writes=None, gated=None, skipped=None),
+    )
+    return emptied._replace(writes=fast.writes, gated=fast.gated, skipped=fast.skipped)
+
+
+def _network(activation, weights, x):
+    """Runs the network on one vector; returns its output and every layer's input."""
+    inputs = []
+    for layer, weight in enumerate(weights):
+        inputs.append(x)
+        x = jnp.einsum("PIO,I->PO", weight, x)
+        x = x[0] if layer == len(weights) - 1 else _activate(activation, x)
+    return x, inputs
+
+
+def _activate(activation, z):
+    """Joins the projections of a layer into its hidden units."""
+    active = ACTIVATIONS[activation](z[..., 0, :])
+    return active * z[..., 1, :] if z.shape[-2] == 2 else active
+
+
+def _product(weight, x):
+    """Multiplies tokens by matrices of all sequences, or of each."""
+    return jnp.einsum("BTI,PIO->BTPO" if weight.ndim == 3 else "BTI,BPIO->BTPO", x, weight)
+
+
+def _fresh(x, weights, pace):
+    options = {"momentum": pace.momentum is not None, "outer": pace.outer_rate is not None}
+    return fresh_level(weights, x.shape[-1], x.shape[0], x.dtype, **options)
+
+
+def _cut(tokens, start, stop):
+    return jax.tree.map(lambda a: a[:, start:stop], tokens)
+
+
+def _chunks(array, size, end):
+    """Cuts `[B, T, ...]` into the chunks behind the first, `[N, B, C, ...]`."""
+    array = array[:, size:end]
+    return jnp.moveaxis(array.reshape(len(array), -1, size, *array.shape[2:]), 1, 0)
+
+
+def _tiles(array, size, count):
+    """Cuts a grid into tiles that begin with the last token of the tile before."""
+    first = array[:, : count * size].reshape(len(array), count, size, *array.shape[2:])[:, :, :1]
+    rest = array[:, 1:].reshape(len(array), count, size, *array.shape[2:])
+    return jnp.moveaxis(jnp.concatenate([first, rest], 2), 1, 0)
+
+
+def _where(mask, array):
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (array.ndim - mask.ndim)), array, 0)
+
+
+def _rows(row, like):
+    return row.reshape(row.shape[0], *(1,) * (like.ndim - 1))
+
+
+def _wide(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _check(chunk, outer, pace):
+    if chunk < 2:
+        raise ValueError(f"chunk must be at least 2, got {chunk}")
+    if outer is not None and outer % chunk:
+        raise ValueError(f"outer must be a multiple of chunk {chunk}, got {outer}")
+    if (outer is None) != (pace.outer_rate is None):
+        raise ValueError("outer must be given exactly if pace has outer_rate")

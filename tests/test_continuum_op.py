@@ -1,0 +1,194 @@
+"""A level that learns in context: its forms are one function, and that is the written one."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.ops.continuum import Pace, continuum_level, fresh_level
+
+TIME, ROWS, WIDTH = 19, 2, 3
+close = partial(chex.assert_trees_all_close, rtol=1e-9, atol=1e-9)
+pytestmark = pytest.mark.usefixtures("x64")
+
+SHAPES = {
+    "linear": ((1, WIDTH, WIDTH),),
+    "mlp": ((1, WIDTH, 4), (1, 4, WIDTH)),
+    "deep_gated": ((2, WIDTH, 4), (1, 4, 5), (1, 5, WIDTH)),
+}
+OPTIONS = {
+    "plain": {"chunk": 4},
+    "erasing": {"chunk": 4, "dgd": True},
+    "nested": {"chunk": 2, "outer": 6},
+    "surprised": {"chunk": 4, "surprise": 1.6},
+}
+MOMENTUM = ("erasing", "nested")
+
+
+def random_call(shapes="mlp", options="plain", *, starts=True, time=TIME):
+    """The arrays of a call: x, values, weights, pace, and document starts."""
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape))  # noqa: E731
+    x, values = normal(ROWS, time, WIDTH), normal(ROWS, time, WIDTH)
+    weights = tuple(0.5 * normal(*shape) for shape in SHAPES[shapes])
+    outer = options == "nested"
+    pace = Pace(
+        rate=jnp.asarray(0.9),
+        retain=jnp.asarray(0.8),
+        momentum=jnp.asarray(0.6) if options in MOMENTUM else None,
+        outer_rate=jnp.asarray(0.7) if outer else None,
+        outer_retain=jnp.asarray(0.95) if outer else None,
+    )
+    where = jnp.asarray(random.random((ROWS, time)) < 0.15) if starts else None
+    return (x, values, weights, pace), where
+
+
+def call(arrays, starts, options, form="auto", memory=None):
+    return continuum_level(*arrays, memory, starts, form=form, **OPTIONS[options])
+
+
+def carried(arrays, options, position):
+    """Some memory after `position` tokens."""
+    x, _, weights, pace = arrays
+    options = {"momentum": pace.momentum is not None, "outer": pace.outer_rate is not None}
+    memory = fresh_level(weights, WIDTH, ROWS, x.dtype, **options)
+    random = np.random.default_rng(1)
+    memory = jax.tree.map(
+        lambda a: jnp.asarray(0.2 * np.abs(random.normal(size=a.shape))).astype(a.dtype), memory
+    )
+    return memory._replace(position=jnp.int32(position))
+
+
+CASES = [
+    ("linear", "plain", None, False),
+    ("linear", "nested", 5, True),
+    ("mlp", "plain", None, True),
+    ("mlp", "erasing", None, False),
+    ("mlp", "erasing", 5, True),
+    ("mlp", "nested", None, True),
+    ("mlp", "surprised", 3, True),
+    ("deep_gated", "plain", 0, False),
+    ("deep_gated", "erasing", 3, True),
+]
+
+
+@pytest.mark.parametrize(("shapes", "options", "position", "starts"), CASES)
+def test_chunked_is_the_reference_in_values_and_gradients(shapes, options, position, starts):
+    arrays, where = random_call(shapes, options, starts=starts)
+    memory = None if position is None else carried(arrays, options, position)
+    slope = jnp.asarray(np.random.default_rng(2).normal(size=arrays[1].shape))
+
+    def floats(tree):
+        return [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+    def loss(arrays, memory, form):
+        y, after = call(arrays, where, options, form, memory)
+        return jnp.sum(y * slope) + sum(jnp.sum(jnp.sin(a)) for a in floats(after)), (y, after)
+
+    both = {}
+    for form in ("reference", "chunked"):
+        gradient = jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+        slopes, result = jax.jit(partial(gradient, form=form))(arrays, memory)
+        both[form] = result, floats(slopes)
+    close(both["chunked"], both["reference"])
+    assert all(np.abs(slope).max() > 0 for slope in both["chunked"][1][:3])
+
+
+def test_the_reference_is_the_equation_by_hand():
+    """Two chunks of a linear level without and with every term, written out in numpy."""
+    for options in ("plain", "erasing"):
+        (x, values, weights, pace), _ = random_call("linear", options, starts=False, time=9)
+        y, after = call((x, values, weights, pace), None, options, "reference")
+        theta = np.asarray(weights[0][0]).T
+        for row in range(ROWS):
+            delta, momentum = np.zeros_like(theta), np.zeros_like(theta)
+            for first in (0, 4):
+                gradient, energy = 0, 0
+                for t in range(first, first + 4):
+                    np.testing.assert_allclose(y[row, t], (theta + delta) @ x[row, t], rtol=1e-9)
+                for t in range(first + 1, first + 4):
+                    key, value = np.asarray(x[row, t - 1]), np.asarray(values[row, t])
+                    gradient += np.outer((theta + delta) @ key - value, key)
+                    gradient += np.outer(delta @ key, key) * (options == "erasing")
+                    energy += key @ key
+                change = -0.9 * gradient / (1 + energy)
+                if options == "erasing":
+                    change = momentum = 0.6 * momentum + 0.4 * change
+                delta = 0.8 * delta + change
+            np.testing.assert_allclose(after.fast.delta[0][row, 0], delta.T, rtol=1e-9)
+            np.testing.assert_allclose(y[row, 8], (theta + delta) @ x[row, 8], rtol=1e-9)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_any_split_is_reading_whole(options):
+    arrays, where = random_call("mlp", options)
+    whole, end = call(arrays, where, options)
+    read = jax.jit(lambda *a: continuum_level(*a, **OPTIONS[options]))
+    x, values, weights, pace = arrays
+    for parts in ((7, 12), (1, 2, 3, 13), (1,) * TIME):
+        at, memory, pieces = 0, carried(arrays, options, 0), []
+        memory = jax.tree.map(jnp.zeros_like, memory)
+        for part in parts:
+            cut = slice(at, at + part)
+            y, memory = read(x[:, cut], values[:, cut], weights, pace, memory, where[:, cut])
+            pieces.append(y)
+            at += part
+        close((jnp.concatenate(pieces, 1), memory), (whole, end))
+
+
+def test_deltas_move_after_every_chunk_and_at_no_other_token():
+    arrays, _ = random_call("mlp", "plain", starts=False)
+    x, values, weights, pace = arrays
+    memory = jax.tree.map(jnp.zeros_like, carried(arrays, "plain", 0))
+    read = jax.jit(lambda *a: continuum_level(*a, chunk=4)[1])
+    for t in range(TIME):
+        before = memory.fast.delta
+        memory = read(x[:, [t]], values[:, [t]], weights, pace, memory)
+        changed = [bool(jnp.any(a != b)) for a, b in zip(before, memory.fast.delta, strict=True)]
+        assert changed == [(t + 1) % 4 == 0] * 2
+        assert memory.fast.writes.tolist() == [(t + 1) // 4] * ROWS
+
+
+def test_the_carrying_level_restarts_deltas_after_its_own_chunk():
+    arrays, _ = random_call("mlp", "nested", starts=False)
+    for time in (6, 12, 18):
+        part = (arrays[0][:, :time], arrays[1][:, :time], *arrays[2:])
+        fast = call(part, None, "nested")[1].fast
+        close(fast.delta, fast.initial)
+        assert all(jnp.any(d != 0) for d in fast.delta)
+    fast = call((arrays[0][:, :14], arrays[1][:, :14], *arrays[2:]), None, "nested")[1].fast
+    assert all(jnp.any(a != b) for a, b in zip(fast.delta, fast.initial, strict=True))
+
+
+def test_a_move_that_is_not_finite_is_left_out_and_counted():
+    arrays, _ = random_call("mlp", "plain", starts=False)
+    spoiled = arrays[1].at[0, 5].set(jnp.nan)
+    for form in ("chunked", "reference"):
+        fast = call((arrays[0], spoiled, *arrays[2:]), None, "plain", form)[1].fast
+        assert fast.skipped.tolist() == [1, 0]
+        assert fast.writes.tolist() == [3, 4]
+        assert all(jnp.all(jnp.isfinite(d)) for d in fast.delta)
+
+
+def test_a_chunk_that_does_not_surprise_writes_nothing():
+    arrays, _ = random_call("mlp", "plain", starts=False)
+    none = continuum_level(*arrays, chunk=4, surprise=1e6)[1].fast
+    assert none.writes.tolist() == [0, 0]
+    assert none.gated.tolist() == [4, 4]
+    close(none.delta, jax.tree.map(jnp.zeros_like, none.delta))
+    some = call(arrays, None, "surprised")[1].fast
+    assert 0 < int(some.writes.sum()) < 8
+    assert (some.writes + some.gated).tolist() == [4, 4]
+
+
+def test_what_does_not_fit_is_refused():
+    arrays, _ = random_call("mlp", "plain")
+    with pytest.raises(ValueError, match="chunk must be at least 2, got 1"):
+        continuum_level(*arrays, chunk=1)
+    with pytest.raises(ValueError, match="outer must be a multiple of chunk 4, got 6"):
+        continuum_level(*arrays, chunk=4, outer=6)
+    with pytest.raises(ValueError, match="outer must be given exactly if"):
+        continuum_level(*arrays, chunk=4, outer=8)
