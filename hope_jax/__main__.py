@@ -4,6 +4,7 @@ import argparse
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 SCRIPTS = {
     "train": "train what a config describes, or go on with it: CONFIG [key=value ...]",
@@ -49,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     comparison.set_defaults(run=compare)
     comparison.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/compare_*")
     comparison.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    add_exchange(commands)
     about = "learn the tokenizer of a config, or find it: CONFIG FOLDER [key=value ...]"
     tokenizer = commands.add_parser("tokenizer", help=about, description=about)
     tokenizer.set_defaults(run=make_tokenizer)
@@ -66,6 +68,23 @@ def parser() -> argparse.ArgumentParser:
         help="topology=v5e:16x16 (also v4, v5p, v6e), only=train|eval, and settings to change",
     )
     return whole
+
+
+def add_exchange(commands: Any):
+    """Adds the commands that read and write published models."""
+    about = "make a run of a published Llama: LLAMA RUN [levels=N split=copies|depth|units ...]"
+    bring = commands.add_parser("import", help=about, description=about)
+    bring.set_defaults(run=import_llama)
+    bring.add_argument("llama", metavar="LLAMA", help="config.json, safetensors, tokenizer.model")
+    bring.add_argument("folder", metavar="RUN", help="the run folder to make")
+    changes = "levels=, split= and settings of the run to change"
+    bring.add_argument("overrides", metavar="key=value", nargs="*", help=changes)
+    about = "publish a run as a Llama: RUN FOLDER [checkpoint=latest|best|STEP dtype=DTYPE]"
+    export = commands.add_parser("export", help=about, description=about)
+    export.set_defaults(run=export_llama)
+    export.add_argument("source", metavar="RUN", help="a run folder, or a checkpoint in it")
+    export.add_argument("folder", metavar="FOLDER", help="where it goes")
+    export.add_argument("overrides", metavar="key=value", nargs="*", help="what is published")
 
 
 def script(name: str, *arguments: str) -> int:
@@ -136,6 +155,25 @@ def compile_steps(given: argparse.Namespace) -> int:
     from hope_jax import compile_steps as command
 
     return 0 if command.run(given.config, given.overrides) else 1
+
+
+def import_llama(given: argparse.Namespace) -> int:
+    """Makes a run folder."""
+    from hope_jax.exchange import bring_in
+
+    model = bring_in(Path(given.llama), Path(given.folder), given.overrides).model
+    print(f"{model.parameters():,} parameters, levels: {len(model.continuum.levels)}")
+    print(f"evaluate: eval.py {given.folder} ...; train: train.py {given.folder}/config.yaml ...")
+    return 0
+
+
+def export_llama(given: argparse.Namespace) -> int:
+    """Writes a published model."""
+    from hope_jax.exchange import bring_out
+
+    checkpoint = bring_out(Path(given.source), Path(given.folder), given.overrides)
+    print(f"{checkpoint} is published in {given.folder}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -120,22 +120,25 @@ def claim(experiment: Experiment) -> Path:
       The folder, with config.yaml in it.
 
     Raises:
-      ConfigError: The folder holds a run that was trained with other settings.
+      ConfigError: The folder holds a run that was trained with other settings, or parameters that
+        were imported for another model.
     """
     path = experiment.folder / "config.yaml"
     if path.exists() and any((experiment.folder / "checkpoints").glob("[0-9]*")):
         before, now = _flat(_plain(load(path))), _flat(_plain(experiment))
-        free = ("name", "training.folder", *CHANGEABLE)
+        trained = any((experiment.folder / "checkpoints").glob("[1-9]*"))
+        free = CHANGEABLE if trained else ("data", "optimizer", "training", "mesh", "seed")
         different = [
             f"{key}={_show(before.get(key))} (now {_show(now.get(key))})"
             for key in dict.fromkeys([*before, *now])
-            if before.get(key) != now.get(key) and not _is_under(key, free)
+            if before.get(key) != now.get(key)
+            and not _is_under(key, ("name", "training.folder", *free))
         ]
         if different:
             raise ConfigError(
-                f"{experiment.folder} was trained with {', '.join(different)}: start another run "
-                f"with name=..., or keep its settings, or delete the folder; a run can go on with "
-                f"other {', '.join(CHANGEABLE)}"
+                f"{experiment.folder} was {'trained' if trained else 'imported'} with "
+                f"{', '.join(different)}: start another run with name=..., or keep its settings, "
+                f"or delete the folder; a run can go on with other {', '.join(free)}"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     dump(experiment, path)

@@ -98,7 +98,6 @@ WANTED = {
     "hidden_act": ("silu", "no other function gates the hidden units of a Llama"),
     "attention_bias": (False, "projections have no bias here"),
     "mlp_bias": (False, "levels have no bias here"),
-    "partial_rotary_factor": (1.0, "all features of a head are rotated here"),
     "quantization_config": (None, "weights must be floating-point numbers"),
 }
 """Settings that must be so, with the reason; what is absent is so, but for the first."""
@@ -251,6 +250,8 @@ def _rotary(settings: dict[str, Any]) -> tuple[float, LinearScaling | Llama3Scal
     """The base of the rotary embedding and how it is stretched, in either spelling."""
     about = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     base = _get({**settings, **about}, "rope_theta", float, 10_000.0)
+    if about.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor must be 1.0: all features are rotated")
     kind = about.get("rope_type", about.get("type", "default"))
     if kind == "default":
         return base, None
@@ -375,6 +376,8 @@ def _compare(rows: dict[str, _Row], wanted: dict[str, nnx.Param], tensors: _Tens
     units = sum(x.shape[-2] for path, x in wanted.items() if path.endswith(".down"))
     known = set()
     for path, row in rows.items():
+        if path not in wanted:
+            raise ValueError(f"the model must have a parameter {path}, as a Llama has")
         inner = _inner(wanted[path])
         shape = list(wanted[path].shape[-len(inner) :])
         if split == "units" and "mlp" in inner:

@@ -20,6 +20,9 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 _SEAL = "sizes.json"
 """Written into a complete checkpoint: what is shorter than that was damaged later."""
 
+_GIVEN = "0"
+"""The checkpoint with parameters that a run was given: before the first step, and nothing else."""
+
 _DELETED = ".deleted"
 """Ends the name of what is being deleted, so that a crash leaves no half of a checkpoint."""
 
@@ -61,7 +64,7 @@ class Checkpoints:
         self._saving: ocp.AsyncResponse[None] | None = None
 
     def restore(self, state: TrainState) -> Restored | None:
-        """Reads the newest complete checkpoint, before the first `save`.
+        """Reads the newest complete checkpoint of a step taken, before the first `save`.
 
         Damaged ones are moved into the folder `broken` beside this one, if one is left to go on
         from.
@@ -82,6 +85,8 @@ class Checkpoints:
         for path in reversed(steps(self.folder)):
             try:
                 about = read_about(path)
+                if about.get("given"):
+                    continue
                 found = found or (_load(path, state), about)
             except CheckpointError as error:
                 broken[path] = str(error)
@@ -90,6 +95,21 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint in {self.folder} can be read: {reasons}")
         moved = {_move_aside(path): reason for path, reason in broken.items()}
         return Restored(*found, moved) if found else None
+
+    def given(self, params: Params) -> Params | None:
+        """Reads what `give` wrote, if it did.
+
+        Args:
+          params: Shapes and shardings of what is to come.
+
+        Raises:
+          CheckpointError: It is damaged.
+          OtherModelError: It is another model's.
+        """
+        path = self.folder / _GIVEN
+        if not path.is_dir() or not read_about(path).get("given"):
+            return None
+        return _load_params(path, params)
 
     def save(self, state: TrainState, about: dict[str, Any], *, loss: float | None = None):
         """Copies the state and writes it in the background; waits for an earlier save first.
@@ -133,10 +153,7 @@ class Checkpoints:
             return
         saving.result()
         complete = steps(self.folder)
-        if not (complete[-1] / _SEAL).exists():
-            beside = complete[-1] / f"{_SEAL}.tmp"
-            beside.write_text(json.dumps(_sizes(complete[-1])), "utf-8")
-            beside.replace(complete[-1] / _SEAL)
+        _seal(complete[-1])
         for path in set(complete[: -self._keep]) - {_best(complete)}:
             path.rename(path.with_name(f"{path.name}{_DELETED}"))
         self._sweep()
@@ -155,6 +172,26 @@ class Checkpoints:
             self._sweep()
             reason = f"could not save a checkpoint in {self.folder}: {_first_line(error)}"
             raise CheckpointError(f"{reason}; {what_is_left(self.folder)}") from error
+
+
+def give(folder: Path, params: Params, about: dict[str, Any]):
+    """Gives a run parameters to begin with: writes them as its checkpoint 0.
+
+    Args:
+      folder: The run's checkpoints.
+      params: Of the run's model.
+      about: JSON that is kept beside them: data and config as of any checkpoint.
+
+    Raises:
+      CheckpointError: The checkpoint could not be written.
+    """
+    path = folder.absolute() / _GIVEN
+    try:
+        about = {**about, "step": 0, "streak": 0, "loss": None, "given": True}
+        ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=about)
+        _seal(path)
+    except Exception as error:
+        raise CheckpointError(f"could not save {path}: {_first_line(error)}") from error
 
 
 def steps(folder: Path) -> list[Path]:
@@ -270,6 +307,13 @@ def _best(checkpoints: list[Path]) -> Path | None:
             if loss is not None and isfinite(loss):
                 losses[path] = loss
     return min(losses, key=losses.__getitem__, default=None)
+
+
+def _seal(path: Path):
+    if not (path / _SEAL).exists():
+        beside = path / f"{_SEAL}.tmp"
+        beside.write_text(json.dumps(_sizes(path)), "utf-8")
+        beside.replace(path / _SEAL)
 
 
 def _sizes(path: Path) -> dict[str, int]:

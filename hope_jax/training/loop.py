@@ -23,6 +23,7 @@ from hope_jax.training import RunError, metrics
 from hope_jax.training.checkpoint import Checkpoints, steps, what_is_left
 from hope_jax.training.step import (
     Outline,
+    Params,
     TrainState,
     abstract_state,
     compile_train_step,
@@ -149,7 +150,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=training.keep)
         abstract = abstract_state(model, tx)
-        news = self._restore(abstract, lambda: initial_state(model, tx, experiment.seed, abstract))
+        news = self._restore(abstract, partial(initial_state, model, tx, experiment.seed, abstract))
         self.step, self._streak = int(self._state.step), int(self._state.streak)
         self._saved = self.step
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
@@ -277,12 +278,15 @@ class Run:
         metrics.replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
-    def _restore(self, abstract: TrainState, create: Callable[[], TrainState]) -> list[str]:
+    def _restore(
+        self, abstract: TrainState, create: Callable[[Params | None], TrainState]
+    ) -> list[str]:
         """Sets the state; returns what the user has to know of it."""
         restored = self._checkpoints.restore(abstract)
         if restored is None:
-            self._state = create()
-            return []
+            given = self._checkpoints.given(abstract.params)
+            self._state = create(given)
+            return [f"{self.folder} begins with the parameters it was given"] if given else []
         for name, now in self._fingerprint().items():
             if restored.about["data"].get(name) != now:
                 raise RunError(

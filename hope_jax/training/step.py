@@ -101,7 +101,11 @@ def abstract_state(model: Outline, tx: optax.GradientTransformation) -> TrainSta
 
 
 def initial_state(
-    model: Outline, tx: optax.GradientTransformation, seed: int, like: TrainState
+    model: Outline,
+    tx: optax.GradientTransformation,
+    seed: int,
+    like: TrainState,
+    params: Params | None = None,
 ) -> TrainState:
     """Makes the state of a new run, split from the start: no device ever holds the whole.
 
@@ -110,12 +114,16 @@ def initial_state(
       tx: The optimizer.
       seed: Of the state's key; the model's own seed is in `model.build`.
       like: From `abstract_state`.
+      params: What to begin with, which is donated; None for what `model.build` makes.
     """
 
-    def create() -> TrainState:
-        return _begin(nnx.to_pure_dict(nnx.split(model.build(), nnx.Param)[1]), tx, seed)
+    def create(params: Params | None) -> TrainState:
+        if params is None:
+            params = nnx.to_pure_dict(nnx.split(model.build(), nnx.Param)[1])
+        return _begin(params, tx, seed)
 
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like))()
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(create, donate_argnums=0, out_shardings=shardings)(params)
 
 
 def _begin(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
