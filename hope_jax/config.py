@@ -107,6 +107,22 @@ def read(cls: type, path: str | Path, overrides: Sequence[str] = ()) -> Any:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def change(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Returns an experiment with other settings.
+
+    Args:
+      experiment: Stays as it is.
+      overrides: See `load`.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
+    settings = _plain(experiment)
+    for override in overrides:
+        settings = _override(settings, override)
+    return parse(Experiment, settings)
+
+
 def dump(experiment: Experiment, path: Path):
     """Writes every setting, so that `load` gives back an equal experiment."""
     text = yaml.dump(_plain(experiment), Dumper=_Dumper, sort_keys=False, allow_unicode=True)

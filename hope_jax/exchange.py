@@ -73,13 +73,16 @@ def bring_in(source: Path, folder: Path, overrides: Sequence[str]) -> Experiment
             training=TrainingConfig(folder=str(folder.parent)),
             name=folder.name,
         )
-    tokenizer.save(folder)
-    experiment = _settle(experiment, folder / "config.yaml", rest)
+    experiment = config.change(experiment, rest)
+    if experiment.folder != folder:
+        raise ConfigError(f"name and training.folder must be those of {folder}")
     with sharding.use(sharding.MeshConfig(data=1, fsdp=-1).build()):
         with config.blame(str(source)):
             decoder = pretrained.load(
                 source, experiment.model, stacking.split, seed=experiment.seed, track=_track("read")
             )
+        tokenizer.save(folder)
+        config.dump(experiment, folder / "config.yaml")
         _give(experiment, decoder, tokenizer)
     return experiment
 
@@ -122,20 +125,6 @@ def _tokenizer(path: Path) -> SentencePiece:
             "tokenizer.json alone) cannot be read"
         )
     return SentencePiece(path.read_bytes(), name=path.name)
-
-
-def _settle(experiment: Experiment, path: Path, overrides: Sequence[str]) -> Experiment:
-    """Writes the settings of a run, with changes."""
-    config.dump(experiment, path)
-    try:
-        changed = config.load(path, overrides)
-        if changed.folder != experiment.folder:
-            raise ConfigError(f"{path.parent} is the run's folder: name and training.folder say so")
-    except ConfigError:
-        path.unlink()
-        raise
-    config.dump(changed, path)
-    return changed
 
 
 def _give(experiment: Experiment, model: Decoder, tokenizer: SentencePiece):

@@ -143,10 +143,7 @@ def describe(folder: Path, stacking: Stacking) -> ModelConfig:
       OSError: There is no such file.
       ValueError: Hope-Attention cannot compute that model, or the levels do not fit it.
     """
-    try:
-        settings = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"config.json is no JSON: {error}") from error
+    settings = _json(folder / "config.json")
     for name, (wanted, reason) in WANTED.items():
         found = settings.get(name, None if name == "model_type" else wanted)
         if found != wanted:
@@ -232,6 +229,16 @@ def save(
     with _whole(folder) as new:
         _write(new, _published(config, params, holders, track), dtype)
         (new / "config.json").write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} must hold a mapping, got a {type(found).__name__}")
+    return found
 
 
 def _get(settings: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
@@ -338,7 +345,7 @@ class _Tensors:
         index = folder / "model.safetensors.index.json"
         names = ["model.safetensors"]
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            names = sorted(set(_json(index).get("weight_map", {}).values()))
         elif not (folder / names[0]).is_file():
             pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pth"))
             why = "; weights in pickle files can run code and are never read" if pickled else ""
