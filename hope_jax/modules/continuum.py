@@ -94,6 +94,9 @@ class ContinuumConfig:
         memory and no second pass through the level, or "all".
       dgd: Whether moves are those of delta gradient descent.
       surprise: The root mean square error below which a level writes nothing.
+      replay: Chunks that a reading with "next_token" stores to learn them again; 0 for none.
+      replay_ratio: Their share of a gradient.
+      replay_steps: How many of them are learned again with each new chunk.
     """
 
     variant: Literal["sequential", "nested", "independent", "headwise", "leaky"] = "sequential"
@@ -104,6 +107,9 @@ class ContinuumConfig:
     adapt: Literal["output", "all"] = "output"
     dgd: bool = False
     surprise: float = 0.0
+    replay: int = 0
+    replay_ratio: float = 0.5
+    replay_steps: int = 1
 
     def __post_init__(self):
         if isinstance(self.levels, int):
@@ -117,6 +123,7 @@ class ContinuumConfig:
             raise ValueError("levels must name at least one level, got none")
         if self.surprise < 0:
             raise ValueError(f"surprise must be at least 0, got {self.surprise}")
+        self._check_replay()
         chunks = [level.chunk for level in self.levels]
         if self.variant in ("nested", "leaky") and None in chunks:
             raise ValueError(f"every level must have a chunk in a {self.variant} continuum")
@@ -130,6 +137,17 @@ class ContinuumConfig:
             raise ValueError("objective must be local for a nested continuum or dgd")
         else:
             _check_multiples(chunks)
+
+    def _check_replay(self):
+        if self.replay < 0 or self.replay_steps < 1:
+            raise ValueError(
+                "replay must be at least 0 and replay_steps at least 1, got "
+                f"{self.replay} and {self.replay_steps}"
+            )
+        if not 0 <= self.replay_ratio <= 1:
+            raise ValueError(f"replay_ratio must lie in [0, 1], got {self.replay_ratio}")
+        if self.replay and self.objective == "local":
+            raise ValueError("replay must come with objective next_token, got local")
 
     def build(
         self, width: int, *, depth: int, epsilon: float, key: PRNGKeyArray

@@ -1,0 +1,190 @@
+"""The continuum of every variant: causal, the same in any split, rows and documents apart."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from hope_jax import config
+from hope_jax.modules.continuum import ContinuumConfig, LevelConfig, spread_levels
+
+WIDTH, TIME, ROWS = 12, 19, 2
+SPREAD = {"levels": 2, "lowest_frequency": 8, "hidden": 6}
+
+VARIANTS = {
+    "sequential": ContinuumConfig(
+        levels=(
+            LevelConfig(hidden=6, chunk=3, momentum=0.5),
+            LevelConfig(hidden=5, activation="gelu"),
+            LevelConfig(hidden=6, chunk=5, depth=2, gated=True),
+        ),
+        adapt="all",
+        dgd=True,
+    ),
+    "nested": ContinuumConfig(variant="nested", levels=3, lowest_frequency=32, hidden=6),
+    "independent": ContinuumConfig(variant="independent", **SPREAD),
+    "headwise": ContinuumConfig(variant="headwise", **SPREAD),
+    "leaky": ContinuumConfig(variant="leaky", **SPREAD),
+    "next_token": ContinuumConfig(objective="next_token", **SPREAD),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def build(name, depth=1):
+    return VARIANTS[name].build(WIDTH, depth=depth, epsilon=1e-6, key=jax.random.key(0))
+
+
+def draw(time=TIME):
+    x = jax.random.normal(jax.random.key(1), (ROWS, time, WIDTH))
+    starts = np.zeros((ROWS, time), bool)
+    starts[0, 9] = starts[1, [8, 14, 15]] = True
+    return x, jnp.asarray(starts)
+
+
+@every_variant
+def test_any_split_is_reading_whole(name):
+    layer, (x, starts) = build(name), draw()
+    whole, end = jax.jit(layer)(x, None, starts)
+    call = jax.jit(lambda x, memory, starts: layer(x, memory, starts))
+    for parts in ((7, 1, 11), (1,) * 6 + (13,)):
+        memory, pieces, at = layer.initial_memory(ROWS, jnp.float32), [], 0
+        for part in parts:
+            cut = slice(at, at + part)
+            y, memory = call(x[:, cut], memory, starts[:, cut])
+            pieces.append(y)
+            at += part
+        chex.assert_trees_all_close(jnp.concatenate(pieces, 1), whole, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(memory, end, rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+def test_no_token_sees_the_future_another_row_or_another_document(name):
+    layer, (x, starts) = build(name), draw()
+    slope = jax.jit(jax.grad(lambda x, t, starts: jnp.sum(layer(x, None, starts)[0][0, t] ** 2)))
+    for t in (0, 7, 12, 17):
+        gradient = slope(x, t, jnp.zeros_like(starts))
+        np.testing.assert_array_equal(gradient[0, t + 1 :], 0)
+        np.testing.assert_array_equal(gradient[1], 0)
+        within = slope(x, t, starts)
+        np.testing.assert_array_equal(within[0, : 9 * (t >= 9)], 0)
+    if name != "next_token":
+        assert np.abs(gradient[0, :8]).max() > 0
+
+
+@every_variant
+def test_initial_states_and_paces_receive_gradients(name):
+    layer, (x, _) = build(name), draw(66 if name == "nested" else TIME)
+    graph, params = nnx.split(layer, nnx.Param)
+    loss = lambda params: jnp.sum(jnp.sin(nnx.merge(graph, params)(x)[0]))  # noqa: E731
+    gradients = jax.jit(jax.grad(loss))(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.all(np.isfinite(leaf))
+        assert np.all(leaf != 0) or leaf.ndim > 1, jax.tree_util.keystr(path)
+        assert np.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+def test_a_level_without_a_chunk_is_a_feed_forward_network():
+    settings = ContinuumConfig(levels=(LevelConfig(hidden=6, depth=2), LevelConfig(hidden=5)))
+    layer = settings.build(WIDTH, depth=1, epsilon=1e-6, key=jax.random.key(0))
+    x, starts = draw()
+    y, memory = layer(x, None, starts)
+    assert memory == (None, None)
+    by_token, _ = jax.vmap(lambda x: layer(x[:, None]), in_axes=1, out_axes=1)(x)
+    np.testing.assert_allclose(y, by_token[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapt", ["output", "all"])
+def test_deltas_are_as_large_as_they_are_said_to_be(adapt):
+    levels = (LevelConfig(hidden=6, chunk=3), LevelConfig(hidden=7, chunk=6, momentum=0.5))
+    settings = ContinuumConfig(levels=levels, adapt=adapt)
+    layer = settings.build(WIDTH, depth=1, epsilon=1e-6, key=jax.random.key(0))
+    for level, memory, copies in zip(
+        levels, layer.initial_memory(1, jnp.float32), (2, 3), strict=True
+    ):
+        moving = (1 if adapt == "output" else 2) * WIDTH * level.hidden
+        matrices = [leaf.size for leaf in jax.tree.leaves(memory.fast) if leaf.ndim > 1]
+        assert sum(matrices) == copies * moving
+
+
+def test_deltas_cost_flops_and_static_levels_none():
+    static = ContinuumConfig(levels=(LevelConfig(hidden=6),))
+    assert static.flops(WIDTH) == 0
+    moving = ContinuumConfig(levels=(LevelConfig(hidden=6, chunk=4),))
+    assert moving.flops(WIDTH) == 4 * WIDTH * 6
+
+
+def test_a_number_of_levels_is_spread_down_to_the_lowest_frequency():
+    assert [level.chunk for level in spread_levels(4, 4096, 8)] == [64, 256, 1024, 4096]
+    short = ContinuumConfig(levels=3, lowest_frequency=512, hidden=8)
+    assert [level.chunk for level in short.levels] == [32, 128, 512]
+    assert (short.lowest_frequency, short.hidden) == (None, None)
+    parsed = config.parse(ContinuumConfig, {"levels": 3, "lowest_frequency": 512, "hidden": 8})
+    assert parsed == short
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"levels": ()}, "levels must name at least one level, got none"),
+        ({"levels": 0}, "levels must name at least one level, got 0"),
+        ({"levels": 2}, "must come with lowest_frequency and hidden"),
+        (SPREAD | {"lowest_frequency": 10}, "lowest_frequency must be a multiple of 4, .* got 10"),
+        (SPREAD | {"lowest_frequency": 4}, "at least twice that, for 2 levels, got 4"),
+        ({"levels": (LevelConfig(hidden=4),), "hidden": 4}, "go with a number of levels alone"),
+        (SPREAD | {"surprise": -1.0}, "surprise must be at least 0, got -1.0"),
+        (SPREAD | {"replay": 2}, "replay must come with objective next_token, got local"),
+        (SPREAD | {"objective": "next_token", "replay": -1}, "replay must be at least 0"),
+        (SPREAD | {"objective": "next_token", "dgd": True}, "objective must be local"),
+        (
+            {"variant": "nested", "levels": (LevelConfig(hidden=4),) * 2},
+            "every level must have a chunk in a nested continuum",
+        ),
+        (
+            {
+                "variant": "nested",
+                "levels": (LevelConfig(hidden=4, chunk=4), LevelConfig(hidden=4, chunk=6)),
+            },
+            "must be a multiple of the one before, which is 4, in a nested continuum, got 6",
+        ),
+        (
+            {
+                "objective": "next_token",
+                "levels": (LevelConfig(hidden=4, chunk=6), LevelConfig(hidden=4, chunk=4)),
+            },
+            "multiples of the shortest, which is 4, with objective next_token, got 6",
+        ),
+        ({"levels": (LevelConfig(hidden=4, chunk=4, rate=1.0),)}, "rate must be below 1, got 1.0"),
+    ],
+)
+def test_levels_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ContinuumConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"chunk": 1}, "chunk must be at least 2, or null for none, got 1"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"rate": 0.0}, "rate must be above 0, got 0.0"),
+        ({"retain": 1.0}, "retain must lie between 0 and 1, got 1.0"),
+        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_a_level_that_cannot_be_is_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        LevelConfig(hidden=4, **setting)
+
+
+def test_features_must_be_shared_out_evenly():
+    with pytest.raises(ValueError, match="must divide width=13 in a headwise continuum, got 2"):
+        VARIANTS["headwise"].build(13, depth=1, epsilon=1e-6, key=jax.random.key(0))
+
+
+def test_compile_time_is_flat_in_chunks():
+    layer = build("sequential")
+    x, _ = draw(120)
+    equations = lambda x: len(str(jax.make_jaxpr(lambda x: layer(x)[0])(x)).splitlines())  # noqa: E731
+    assert equations(x) == equations(x[:, :60])
