@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import hope_jax.optimizers as hopt
+from hope_jax.modules import layers
 from hope_jax.ops.orthogonal import newton_schulz
 from hope_jax.optimizers.parameters import ParamInfo
 
@@ -153,6 +155,31 @@ def test_the_layer_takes_any_objective_and_names_those_it_knows():
     np.testing.assert_allclose(slope, 3 * (4 + 3) ** 2 * np.ones((4, 2)), rtol=1e-6)
     with pytest.raises(ValueError, match="objective must be one of dot, l2, huber"):
         hopt.linear(x, w, objective="l1")
+
+
+@pytest.mark.usefixtures("x64")
+def test_dense_layers_of_a_model_learn_by_the_objective_that_it_is_told():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (2, 3, 4))
+    layer = layers.Projections(2, 4, 5, key=keys[1])
+
+    def loss(weight):
+        merged = nnx.merge(nnx.graphdef(layer), {"weight": weight})
+        return sum(jnp.mean(jnp.sum(jnp.sin(y), axis=-1)) for y in merged(x))
+
+    def both(weight):  # in other words: descent on the loss and on what the layer says
+        said = jnp.einsum("BTD,PDE->BTPE", x, weight)
+        each = jnp.sum(jnp.sin(said), axis=(2, 3)) + jnp.sum(said**2, axis=(2, 3)) / 2
+        return jnp.mean(each)
+
+    weight = layer.weight[...].astype(jnp.float64)
+    plain = jax.grad(loss)(weight)
+    layers.learn_by(layer, "l2")
+    np.testing.assert_allclose(
+        jax.grad(loss)(weight), jax.grad(both)(weight), rtol=1e-12, atol=1e-12
+    )
+    layers.learn_by(layer, "dot")
+    assert (jax.grad(loss)(weight) == plain).all()
 
 
 def test_dot_is_gradient_descent_and_the_delta_step_follows_its_schedule():

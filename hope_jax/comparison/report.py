@@ -235,7 +235,7 @@ def _records(name: str, rows: list[Row], goal: float | None) -> list[dict[str, A
 
 def _draw(rows: list[Row], goal: float | None) -> bytes:
     """A PNG of the loss by step, by second, and by learning rate."""
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
     by_step, by_second, by_rate = figure.subplots(1, 3)
     highest, lowest = 0.0, math.inf
@@ -264,7 +264,7 @@ def _draw(rows: list[Row], goal: float | None) -> bytes:
             axes.set_ylim(lowest - 0.03 * (highest - lowest), highest + 0.03 * (highest - lowest))
     by_rate.set_xscale("log")
     by_step.set_ylabel("validation loss")
-    by_step.legend(fontsize="small", ncols=1 + len(rows) // 8)
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

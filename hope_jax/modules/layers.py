@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.ops.convolution import causal_convolution
+from hope_jax.ops.linear import linear
 from hope_jax.shapes import Activations, Starts, Tokens
 from hope_jax.sharding import constrain
 
@@ -35,6 +36,41 @@ def normal(key: PRNGKeyArray, shape: Sequence[int], scale: float) -> Array:
     return scale * jax.random.normal(key, tuple(shape))
 
 
+def learn_by(model: nnx.Module, objective: str):
+    """Chooses what the weights of dense layers learn by; gates, norms and tables are left alone.
+
+    Args:
+      model: Each of its layers with an attribute `objective` is set.
+      objective: One of `hope_jax.ops.linear.OBJECTIVES`; "dot", the default, is the loss.
+    """
+    for _, module in nnx.iter_modules(model):
+        if hasattr(module, "objective"):
+            module.objective = objective
+
+
+def dense(
+    x: Float[Array, "... D"], weight: Float[Array, "... D E"], objective: str
+) -> Float[Array, "... E"]:
+    """`x @ weight`, where the weight learns by an objective, see `hope_jax.ops.linear`.
+
+    Args:
+      x: The input.
+      weight: In the dtype that parameters have; of several (P, D, E), each is read.
+      objective: "dot" is an ordinary product.
+
+    Returns:
+      The output; of several weights (..., P, E).
+    """
+    weight = weight.astype(x.dtype)
+    if weight.ndim == 2:
+        return x @ weight if objective == "dot" else linear(x, weight, objective=objective)
+    if objective == "dot":
+        return jnp.einsum("...D,PDE->...PE", x, weight)
+    count, width, out = weight.shape
+    joined = jnp.moveaxis(weight, 0, 1).reshape(width, count * out)
+    return linear(x, joined, objective=objective).reshape(*x.shape[:-1], count, out)
+
+
 class RMSNorm(nnx.Module):
     """Divides by the root mean square over the last axis, then scales by a learned vector."""
 
@@ -53,6 +89,8 @@ class RMSNorm(nnx.Module):
 class Projections(nnx.Module):
     """Several projections of one input, read in a single matrix product."""
 
+    objective = "dot"
+
     def __init__(self, count: int, width: int, out: int, *, key: PRNGKeyArray):
         self.weight = parameter(
             normal(key, (count, width, out), 1 / sqrt(width)), (None, "embed", "heads"), "matrix"
@@ -60,7 +98,7 @@ class Projections(nnx.Module):
 
     def __call__(self, x: Activations) -> list[Float[Array, "B T E"]]:
         """Returns one array for each projection."""
-        y = jnp.einsum("BTD,PDE->BTPE", x, self.weight[...].astype(x.dtype))
+        y = dense(x, self.weight[...], self.objective)
         return [y[:, :, part] for part in range(y.shape[2])]
 
 
@@ -87,13 +125,16 @@ class Gates(nnx.Module):
 class Output(nnx.Module):
     """Brings what the heads read back to the model's width."""
 
+    objective = "dot"
+
     def __init__(self, inner: int, width: int, *, depth: int, key: PRNGKeyArray):
         scale = 1 / sqrt(2 * depth * inner)
         self.weight = parameter(normal(key, (inner, width), scale), ("heads", "embed"), "matrix")
 
     def __call__(self, y: Float[Array, "B T E"]) -> Activations:
         """Projects; the sum over `depth` layers and two branches keeps the scale of one."""
-        return constrain(y @ self.weight[...].astype(y.dtype), ("batch", "time", "embed_out"))
+        x = dense(y, self.weight[...], self.objective)
+        return constrain(x, ("batch", "time", "embed_out"))
 
 
 class Convolution(nnx.Module):
