@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -247,13 +246,13 @@ def _collective_bytes(one: Instruction, kind: str, computation: Computation) -> 
     if kind == "reduce-scatter":
         return int(sum(array_bytes(computation[name].shape) for name in one.operands))
     if one.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        return int(array_bytes(one.shape) - _operands(one, computation, in_memory=False))
+        return int(max(array_bytes(shape[0]) for shape in _ARRAY.finditer(one.shape)))
     return int(array_bytes(one.shape))
 
 
-def _operands(one: Instruction, computation: Computation, *, in_memory: bool = True) -> float:
+def _operands(one: Instruction, computation: Computation) -> float:
     shapes = (computation[name].shape for name in one.operands if name in computation)
-    return sum(array_bytes(shape, in_memory=in_memory) for shape in shapes)
+    return sum(array_bytes(shape, in_memory=True) for shape in shapes)
 
 
 def _moved(one: Instruction, computation: Computation, all_: dict[str, Computation]) -> float:
@@ -272,41 +271,70 @@ def _moved(one: Instruction, computation: Computation, all_: dict[str, Computati
     if one.kind.endswith("-start"):
         return result  # a tuple that holds the operand as well
     if one.kind == "fusion":
-        called = next(iter(_NAME.findall(" ".join(_CALLED.findall(one.rest)))), None)
-        if called in all_:
-            return sum(_touched(one, computation, all_[called]))
+        return _touched(one, computation, all_)
     return result + _operands(one, computation)
 
 
-def _touched(one: Instruction, computation: Computation, body: Computation) -> Iterator[float]:
-    """What a fusion reads of each operand, and what it writes: slices where it takes slices."""
-    users = defaultdict(list)
-    for inner in body.values():
-        for place, name in enumerate(inner.operands):
-            users[name].append((inner, place))
-    in_place = 0.0
-    for inner in body.values():
-        if inner.kind != "parameter":
-            continue
-        shape = _operand_shape(one, computation, int(inner.arguments)) or inner.shape
+def _touched(one: Instruction, computation: Computation, all_: dict[str, Computation]) -> float:
+    """What a fusion reads and writes: slices where it takes slices.
+
+    Buffers of collectives that go on meanwhile are handed through; that moves nothing.
+    """
+    body = all_[_called(one)]
+    total = in_place = 0.0
+    for number, name in enumerate(one.operands):
+        shape = computation[name].shape if name in computation else ""
         whole = array_bytes(shape, in_memory=True)
-        uses = users[inner.name]
-        if whole and uses and all(_is_part(user, place) for user, place in uses):
-            updates = [u for u, _ in uses if u.kind == "dynamic-update-slice"]
-            in_place += whole if updates else 0
-            yield sum(
-                array_bytes(user.shape) for user, _ in uses if user.kind != "dynamic-update-slice"
-            ) + sum(array_bytes(body[u.operands[1]].shape) for u in updates)
-        else:
-            yield whole
-    yield max(0.0, array_bytes(one.shape, in_memory=True) - in_place)
+        parameter = _parameter(body, number)
+        if whole and parameter:
+            read, updated = _read(parameter, whole, body, all_)
+            total += read
+            in_place += whole if updated else 0
+    root = list(body.values())[-1]
+    results = [body[name] for name in root.operands] if root.kind == "tuple" else [root]
+    written = sum(
+        array_bytes(shape[0], in_memory=True)
+        for result, shape in zip(results, _ARRAY.finditer(one.shape), strict=False)
+        if result.kind != "parameter" and not _hands_on(result)
+    )
+    return total + max(0.0, written - in_place)
 
 
-def _operand_shape(one: Instruction, computation: Computation, number: int) -> str | None:
-    operand = computation.get(one.operands[number]) if number < len(one.operands) else None
-    return operand.shape if operand else None
+def _read(
+    name: str, whole: float, body: Computation, all_: dict[str, Computation]
+) -> tuple[float, bool]:
+    """Bytes that a fusion touches of a value inside it, and whether it changes a part in place."""
+    total, updated = 0.0, False
+    for user in body.values():
+        places = [] if _hands_on(user) else user.operands
+        for place, operand in enumerate(places):
+            if operand != name:
+                continue
+            part, changed = whole, False
+            if user.kind == "bitcast":
+                part, changed = _read(user.name, whole, body, all_)
+            elif user.kind == "fusion" and _called(user) in all_:
+                inside = all_[_called(user)]
+                part, changed = _read(_parameter(inside, place), whole, inside, all_)
+            elif user.kind == "dynamic-update-slice" and place == 0:
+                part, changed = array_bytes(body[user.operands[1]].shape), True
+            elif user.kind in ("dynamic-slice", "slice", "gather") and place == 0:
+                part = array_bytes(user.shape)
+            total, updated = total + part, updated or changed
+    return min(total, whole), updated
 
 
-def _is_part(user: Instruction, place: int) -> bool:
-    """Whether an instruction touches but a slice of its operand."""
-    return place == 0 and user.kind in ("dynamic-slice", "slice", "dynamic-update-slice", "gather")
+def _called(one: Instruction) -> str:
+    found = _CALLED.search(one.rest)
+    return found[1].removeprefix("%") if found else ""
+
+
+def _parameter(body: Computation, number: int) -> str:
+    """The name of a computation's parameter."""
+    found = (one for one in body.values() if one.kind == "parameter")
+    return next((one.name for one in found if int(one.arguments) == number), "")
+
+
+def _hands_on(one: Instruction) -> bool:
+    """Whether an instruction inside a fusion only carries buffers."""
+    return one.kind in ("tuple", "custom-call", "get-tuple-element", *COLLECTIVES)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.frame import Frame, head_width, retention_bias
+from hope_jax.modules.split import on_mesh
 from hope_jax.ops.fastkv import FastKVMemory, empty_memory, fast_kv
 from hope_jax.shapes import Activations, Starts
 
@@ -105,22 +106,42 @@ class AssociativeMemory(nnx.Module):
         config = self.config
         past, fast = (None, None) if memory is None else memory
         inputs, gates, out_gate, past = self.frame.into(x, past, starts)
-        q, k = inputs["q"], inputs["k"]
-        if config.feature_map == "identity":
-            q, k = unit(q), unit(k)
-        y, fast = fast_kv(
-            q,
-            k,
-            inputs["v"],
-            jax.nn.sigmoid(gates["retain"]),
-            jax.nn.sigmoid(gates["write"]),
+
+        def op(tokens, _, fast, starts):
+            inputs, gates = tokens
+            q, k = inputs["q"], inputs["k"]
+            if config.feature_map == "identity":
+                q, k = unit(q), unit(k)
+            return fast_kv(
+                q,
+                k,
+                inputs["v"],
+                jax.nn.sigmoid(gates["retain"]),
+                jax.nn.sigmoid(gates["write"]),
+                fast,
+                starts,
+                rule=config.rule,
+                feature_map=config.feature_map,
+                normalizer=config.normalizer,
+                chunk=config.chunk,
+                form=config.form,
+            )
+
+        def fresh(heads, batch):
+            each, normalizer = self.frame.each, config.normalizer
+            return empty_memory(batch, heads.shape[0], each, each, normalizer=normalizer)
+
+        def decay(tokens):
+            return jax.nn.sigmoid(tokens[1]["retain"])
+
+        y, fast = on_mesh(
+            op,
+            (inputs, gates),
+            jnp.zeros(config.heads),
             fast,
             starts,
-            rule=config.rule,
-            feature_map=config.feature_map,
-            normalizer=config.normalizer,
-            chunk=config.chunk,
-            form=config.form,
+            fresh=fresh,
+            decay=decay if config.rule == "hebbian" else None,
         )
         return self.frame.back(y, out_gate), LayerMemory(past, fast)
 

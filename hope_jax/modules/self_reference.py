@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.frame import Frame, head_width, retention_bias
 from hope_jax.modules.layers import normal, parameter
+from hope_jax.modules.split import on_mesh
 from hope_jax.ops.selfref import (
     SelfReferentialMemory,
     Slow,
@@ -198,32 +199,42 @@ class SelfModifyingTitans(nnx.Module):
         config = self.config
         past, fast = (None, None) if memory is None else memory
         inputs, gates, out_gate, past = self.frame.into(x, past, starts)
-        slow = Slow(
-            k=inputs.get("k"),
-            v=inputs.get("v"),
-            q=inputs.get("q"),
-            eta=gates.get("eta"),
-            alpha=gates.get("alpha"),
-            beta=gates.get("beta"),
-            eta_bias=self._bias("eta"),
-            alpha_bias=self._bias("alpha"),
-        )
-        y, fast = self_referential(
-            inputs["x"],
-            slow,
-            self._initial(),
-            fast,
-            starts,
-            objective=config.objective,
-            dgd=config.dgd,
-            anchor=config.anchor,
-            normalize_targets=config.normalize_targets,
-            targets=config.targets,
-            read=config.read,
-            inner_gradient=config.inner_gradient,
-            chunk_memory=config.chunk_memory,
-            chunk_projections=config.chunk_projections,
-            write_max=config.write_max,
-            form=config.form,
-        )
+
+        def op(tokens, initial, fast, starts):
+            inputs, gates = tokens
+            matrices, biases = initial
+            slow = Slow(
+                k=inputs.get("k"),
+                v=inputs.get("v"),
+                q=inputs.get("q"),
+                eta=gates.get("eta"),
+                alpha=gates.get("alpha"),
+                beta=gates.get("beta"),
+                eta_bias=biases[0],
+                alpha_bias=biases[1],
+            )
+            return self_referential(
+                inputs["x"],
+                slow,
+                matrices,
+                fast,
+                starts,
+                objective=config.objective,
+                dgd=config.dgd,
+                anchor=config.anchor,
+                normalize_targets=config.normalize_targets,
+                targets=config.targets,
+                read=config.read,
+                inner_gradient=config.inner_gradient,
+                chunk_memory=config.chunk_memory,
+                chunk_projections=config.chunk_projections,
+                write_max=config.write_max,
+                form=config.form,
+            )
+
+        def fresh(initial, batch):
+            return fresh_memory(initial[0], batch, momentum=config.momentum)
+
+        initial = self._initial(), (self._bias("eta"), self._bias("alpha"))
+        y, fast = on_mesh(op, (inputs, gates), initial, fast, starts, fresh=fresh)
         return self.frame.back(y, out_gate), LayerMemory(past, fast)

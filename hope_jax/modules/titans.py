@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from hope_jax.modules.frame import Frame, head_width, retention_bias
 from hope_jax.modules.layers import normal, parameter
 from hope_jax.modules.memory import unit
+from hope_jax.modules.split import on_mesh
 from hope_jax.ops.titans import TitansMemory, fresh_memory, titans
 from hope_jax.shapes import Activations, Starts
 
@@ -111,17 +112,23 @@ class NeuralMemory(nnx.Module):
         """Returns what was recalled for each token, and the memory to go on with."""
         past, fast = (None, None) if memory is None else memory
         inputs, gates, out_gate, past = self.frame.into(x, past, starts)
-        y, fast = titans(
-            unit(inputs["q"]),
-            unit(inputs["k"]),
-            inputs["v"],
-            jax.nn.sigmoid(gates["retain"]),
-            jax.nn.sigmoid(gates["write"]),
-            jax.nn.sigmoid(gates["momentum"]),
-            tuple(matrix[...] for matrix in self.initial),
-            fast,
-            starts,
-            chunk=self.config.chunk,
-            form=self.config.form,
-        )
+
+        def op(tokens, initial, fast, starts):
+            inputs, gates = tokens
+            return titans(
+                unit(inputs["q"]),
+                unit(inputs["k"]),
+                inputs["v"],
+                jax.nn.sigmoid(gates["retain"]),
+                jax.nn.sigmoid(gates["write"]),
+                jax.nn.sigmoid(gates["momentum"]),
+                initial,
+                fast,
+                starts,
+                chunk=self.config.chunk,
+                form=self.config.form,
+            )
+
+        initial = tuple(matrix[...] for matrix in self.initial)
+        y, fast = on_mesh(op, (inputs, gates), initial, fast, starts, fresh=fresh_memory)
         return self.frame.back(y, out_gate), LayerMemory(past, fast)

@@ -38,9 +38,8 @@ def remember(
 ) -> tuple[Float[Array, "B T H V"], Carried]:
     """Reads tokens with memories that learn them, in one launch.
 
-    Tokens are laid on the memories' grid of chunks. A chunk that is not full, or in which a
-    document starts, costs a little more than one that is full: the kernel goes through its
-    segments one by one.
+    Tokens are laid on the memories' grid of chunks, with padding around them. With padding or
+    document starts a chunk costs a little more: tokens may project with two states.
 
     Args:
       plan: What to compute; `segmented` and `holds` are found out here.
@@ -65,13 +64,13 @@ def remember(
         segmented=not whole or starts is not None,
         holds=not whole and carried.position is not None,
     )
-    segments = bounds = None
+    segments = last = None
     if plan.segmented:
-        segments, bounds = _segments(plan.chunk, count, offset, batch, time, starts)
+        segments, last = _segments(plan.chunk, count, offset, batch, time, starts)
     padded = {name: _pad(array, offset, count * plan.chunk) for name, array in tokens.items()}
     states = _from_origin(plan, carried.states, origins, -1)
     held = _from_origin(plan, carried.held, origins, -1) if plan.holds else None
-    y, ends, held = _scan(plan, Sequence(padded, segments, bounds, states, held, origins, bias))
+    y, ends, held = _scan(plan, Sequence(padded, segments, last, states, held, origins, bias))
 
     if not whole:
         y = jax.lax.dynamic_slice_in_dim(y, offset, time, 1)
@@ -97,7 +96,7 @@ def refusal(plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
       One sentence, or None.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    if not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
         return f"a launch is not split over devices, got a mesh of {mesh.size}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernels take bfloat16 and float32, got {dtype}"
@@ -183,7 +182,4 @@ def _segments(chunk, count, offset, batch, time, starts):
         starts = jnp.zeros((batch, time), bool)
     starts = _pad(starts, offset, count * chunk).reshape(batch, count, chunk)
     number = jnp.where(live, jnp.cumsum(starts, -1, dtype=jnp.int32), -1)
-    last = jnp.max(number, -1)
-    first = jnp.min(jnp.where(live, number, chunk), -1)
-    first = jnp.where(last < 0, 0, first)
-    return number.reshape(batch, -1), jnp.stack([first, last], -1)
+    return number.reshape(batch, -1), jnp.max(number, -1)

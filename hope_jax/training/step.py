@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hope_jax.ops.likelihood import next_token_loss
-from hope_jax.shapes import Batch
-from hope_jax.sharding import constrain, named
+from hope_jax.shapes import Batch, Tokens
+from hope_jax.sharding import RULES, constrain, named, spec
 
 Params = dict[str, Any]
 
@@ -147,8 +147,28 @@ def losses(
     model = nnx.merge(graphdef, params)
     inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
     hidden, _ = model.hidden(inputs, starts=batch.starts[:, :-1])
-    nats = next_token_loss(hidden, model.unembedding, targets)
+    nats = _score(hidden, model.unembedding, targets)
     return nats, jnp.ones_like(nats) if batch.weights is None else batch.weights
+
+
+def _score(
+    hidden: Float[Array, "B T D"], unembedding: Float[Array, "vocabulary D"], targets: Tokens
+) -> Float[Array, "B T"]:
+    """Calls `next_token_loss` so that every device goes through the chunks of its own tokens.
+
+    The gradient of the unembedding is then summed over devices once, and not for each chunk.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return next_token_loss(hidden, unembedding, targets)
+    tokens = spec(("batch", "time"), targets.shape, mesh)
+    return jax.shard_map(
+        next_token_loss,
+        in_specs=(tokens, PartitionSpec(), tokens),
+        out_specs=tokens,
+        axis_names={*RULES["batch"], *RULES["time"]},
+        check_vma=False,
+    )(hidden, unembedding, targets)
 
 
 def train_step(

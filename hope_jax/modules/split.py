@@ -1,0 +1,173 @@
+"""Runs memories on a mesh: each device with rows, heads and, if need be, tokens of its own."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from hope_jax.shapes import Starts
+from hope_jax.sharding import RULES, constrain, pieces, spec
+
+Tree = Any  # a pytree of arrays
+Op = Callable[[Tree, Tree, Tree, Starts | None], tuple[Array, Tree]]
+HEADS = "heads_of_all_time"
+
+
+def on_mesh(
+    op: Op,
+    tokens: Tree,
+    initial: Tree,
+    memory: Tree,
+    starts: Starts | None,
+    *,
+    fresh: Callable[[Tree, int], Tree],
+    decay: Callable[[Tree], Float[Array, "B T H"]] | None = None,
+) -> tuple[Array, Tree]:
+    """Calls `op` with each device's share; without a mesh of several devices, just calls it.
+
+    Rows are shared over `data` and `fsdp`, heads over `tensor`: nothing is sent, and kernels run.
+    With a `sequence` axis of S devices, which hold T / S tokens each, memories still meet all
+    tokens in order. Exactly, by the first of these that fits:
+
+      - `decay` is given and S divides T: two passes over a device's own tokens, the first only
+        for what they leave behind. Of that, S states per head are gathered, and an associative
+        scan over them finds what each device's tokens begin with. About 1.5 times the work.
+      - S divides the heads: tokens and heads change places (an all-to-all of what goes in and of
+        what comes out, (S - 1) / S^2 of it from each device), so that a device has some heads and
+        all tokens. No work is added.
+      - S divides T: heads pass through the devices one behind the other, (H + S - 1) / H times
+        the work, and each hands on its state: H + S - 2 sends of one head's.
+      - Otherwise, as for single tokens of few heads, all S devices do the same.
+
+    Args:
+      op: From tokens, initial states, memory and starts to outputs `[B, T, H, V]` and memory.
+        Reading in pieces must be the same as reading at once.
+      tokens: Arrays `[B, T, H, ...]`.
+      initial: Arrays `[H, ...]`.
+      memory: Arrays `[B, H, ...]` and scalars; None for no token before.
+      starts: Document starts.
+      fresh: Of `initial` and the rows: the memory that None means.
+      decay: Of the tokens: the share of the memory that survives each, for a memory to which
+        tokens add what does not depend on it. None for others.
+
+    Returns:
+      What the tokens read, and the memory after the last.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return op(tokens, initial, memory, starts)
+    batch, time, heads = jax.tree.leaves(tokens)[0].shape[:3]
+    through = partial(_whole, op)
+    names: tuple[str | None, str] = None, HEADS
+    length = pieces("time", mesh)
+    if length > 1 and time % length == 0 and time >= length:
+        if decay is not None:
+            through, names = partial(_scanned, op, fresh, decay), ("time", "heads")
+        elif heads % pieces(HEADS, mesh):
+            through, names = partial(_piped, op, fresh), ("time", "heads")
+    when, who = names
+
+    def lay(axes: tuple[str | None, ...], tree: Tree) -> Tree:
+        def one(x: Array) -> PartitionSpec:
+            shape = jnp.shape(x)
+            return spec((axes + (None,) * len(shape))[: len(shape)], shape, mesh)
+
+        return jax.tree.map(one, tree)
+
+    kept = lay(("batch", who), jax.eval_shape(partial(fresh, batch=batch), initial))
+    into = (
+        lay(("batch", when, who), tokens),
+        lay((who,), initial),
+        lay(("batch", who), memory),
+        lay(("batch", when), starts),
+    )
+    shape = batch, time, heads, 1
+    out = spec(("batch", when, who, None), shape, mesh), kept
+    run = jax.shard_map(through, in_specs=into, out_specs=out, check_vma=False)
+    y, memory = run(tokens, initial, memory, starts)
+    return constrain(y, ("batch", "time", "heads", None)), memory
+
+
+def for_attention(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Lays `[B, T, H, K]` out for attention on a mesh with a `sequence` axis of S devices.
+
+    Where S divides the heads of keys, tokens and heads change places as in `on_mesh`. Otherwise
+    queries stay where they are and every device gathers the keys and values of all tokens.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or pieces("time", mesh) == 1:
+        return q, k, v
+    if k.shape[2] % pieces(HEADS, mesh) == 0:
+        names = ("batch", None, HEADS, None)
+        return constrain(q, names), constrain(k, names), constrain(v, names)
+    whole = ("batch", None, "heads", None)
+    return constrain(q, ("batch", "time", "heads", None)), constrain(k, whole), constrain(v, whole)
+
+
+def _whole(op, tokens, initial, memory, starts):
+    return op(tokens, initial, memory, starts)
+
+
+def _scanned(op, fresh, decay, tokens, initial, memory, starts):
+    """Finds what each device begins with by a scan over what all tokens before leave behind."""
+    axis = RULES["time"]
+    batch = jax.tree.leaves(tokens)[0].shape[0]
+    nothing = fresh(initial, batch)
+    gates = decay(tokens)
+    share = jnp.prod(gates, axis=1)
+    if starts is not None:
+        share = jnp.where(jnp.any(starts, axis=1)[:, None], 0, share)
+    _, own = op(tokens, initial, None, starts)
+
+    def shaped(share, like):
+        return share.reshape(share.shape + (1,) * (like.ndim - share.ndim))
+
+    def then(early, late):
+        shares = early[0] * late[0]
+        return shares, jax.tree.map(lambda a, b: shaped(late[0], a) * a + b, early[1], late[1])
+
+    first = nothing if memory is None else memory
+    parts = jax.lax.all_gather((share, own), axis)
+    parts = jax.tree.map(
+        lambda a, b: jnp.concatenate([a[None], b]), (jnp.zeros_like(share), first), parts
+    )
+    _, ends = jax.lax.associative_scan(then, parts)
+    index = jax.lax.axis_index(axis)
+    begin = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), ends)
+    y, _ = op(tokens, initial, begin, starts)
+    return y, jax.tree.map(lambda x: x[-1], ends)
+
+
+def _piped(op, fresh, tokens, initial, memory, starts):
+    """Sends one head after the other through the devices, which hold the tokens in order."""
+    axis = RULES["time"]
+    index, length = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    batch, _, heads = jax.tree.leaves(tokens)[0].shape[:3]
+    first = fresh(initial, batch) if memory is None else memory
+    blank = jax.tree.map(jnp.zeros_like, _head(first, 0, 1))
+
+    def step(handed, number):
+        head = jnp.clip(number - index, 0, heads - 1)
+        begin = jax.tree.map(partial(jnp.where, index == 0), _head(first, head, 1), handed)
+        y, end = op(_head(tokens, head, 2), _head(initial, head, 0), begin, starts)
+        onward = [(here, here + 1) for here in range(length - 1)]
+        return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, onward), end), (y, end)
+
+    _, found = jax.lax.scan(step, blank, jnp.arange(heads + length - 1))
+    # This device met its first head in step `index`, and one in each step from there on.
+    y, end = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, heads), found)
+    y = jnp.moveaxis(y[:, :, :, 0], 0, 2)
+    end = jax.tree.map(lambda x: jnp.moveaxis(x[:, :, 0], 0, 1) if x.ndim > 1 else x[-1], end)
+    last = index == length - 1
+    return y, jax.tree.map(lambda x: jax.lax.psum(jnp.where(last, x, 0), axis), end)
+
+
+def _head(tree, number, axis):
+    """One head of every array; numbers belong to all of them."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis) if x.ndim else x, tree
+    )
