@@ -56,6 +56,11 @@ class Experiment:
                 f"training.accumulate must divide data.batch={self.data.batch}, "
                 f"got {self.training.accumulate}"
             )
+        if self.training.accumulate > 1 and self.model.objective != "dot":
+            raise ValueError(
+                "training.accumulate must be 1 where dense layers learn by "
+                f"model.objective={self.model.objective}, got {self.training.accumulate}"
+            )
         ids = self.data.tokenizer.vocabulary
         if self.model.vocabulary is not None and self.model.vocabulary < ids:
             raise ValueError(

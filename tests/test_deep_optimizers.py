@@ -1,11 +1,14 @@
 """Deep optimizers are their equations, and contain the optimizers that they claim to contain."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from small_models import CONTINUUM, MODELS, VOCABULARY
 
 import hope_jax.optimizers as hopt
 from hope_jax.modules import layers
@@ -180,6 +183,27 @@ def test_dense_layers_of_a_model_learn_by_the_objective_that_it_is_told():
     )
     layers.learn_by(layer, "dot")
     assert (jax.grad(loss)(weight) == plain).all()
+
+
+def test_a_model_can_learn_by_delta_gradient_descent_and_says_the_same():
+    tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, VOCABULARY)
+    config = dataclasses.replace(MODELS["transformer"], continuum=CONTINUUM)
+    slopes, said = {}, {}
+    for objective in ("dot", "l2"):
+        model = dataclasses.replace(config, objective=objective).build(seed=0)
+        graphdef, params = nnx.split(model, nnx.Param)
+        info = hopt.describe(nnx.to_pure_dict(params, lambda variable: variable))
+
+        def loss(params, graphdef=graphdef):
+            return jnp.mean(nnx.merge(graphdef, params)(tokens)[0] ** 2)
+
+        said[objective], slopes[objective] = jax.jit(jax.value_and_grad(loss))(
+            nnx.to_pure_dict(params)
+        )
+    assert said["dot"] == said["l2"]
+    # What has no input of its own to forget is moved by the loss alone, as ever.
+    same = jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, 1e-4, 1e-6)), *slopes.values())
+    assert jax.tree.map(lambda i: i.role != "matrix", info) == same
 
 
 def test_dot_is_gradient_descent_and_the_delta_step_follows_its_schedule():

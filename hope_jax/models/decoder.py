@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.attention import AttentionConfig
 from hope_jax.modules.continuum import ContinuumConfig, ContinuumMemory
-from hope_jax.modules.layers import Embedding, RMSNorm
+from hope_jax.modules.layers import Embedding, RMSNorm, learn_by
 from hope_jax.modules.memory import AssociativeConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
 from hope_jax.modules.titans import TitansConfig
@@ -43,6 +43,9 @@ class ModelConfig:
       tie: Whether the embedding also scores the next token.
       norm_epsilon: What the norms of the residual stream add to its mean square.
       dtype: What activations are computed in; parameters and memories are float32.
+      objective: What the weights of dense layers learn by: "dot" is the loss, "l2" makes the
+        optimizer "dgd" delta gradient descent, "huber" goes with "ggd"; see `hope_jax.ops.linear`.
+        All tokens of a batch count alike in it.
       remat: What the backward pass computes again: "none", all but matrix products ("dots"), or
         "full" (everything but the blocks' inputs).
     """
@@ -54,6 +57,7 @@ class ModelConfig:
     vocabulary: int | None = None
     tie: bool = True
     norm_epsilon: float = 1e-6
+    objective: Literal["dot", "l2", "huber"] = "dot"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
 
@@ -157,6 +161,7 @@ class Decoder(nnx.Module):
         self.blocks = jax.vmap(lambda one: Block(config, key=one))(
             jax.random.split(blocks, config.layers)
         )
+        learn_by(self.blocks, config.objective)
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tie:
             self.head = Embedding(ids, config.width, key=head)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hope_jax.modules.layers import RMSNorm, normal, parameter
+from hope_jax.modules.layers import RMSNorm, dense, normal, parameter
 from hope_jax.ops.continuum import (
     ACTIVATIONS,
     Activation,
@@ -215,6 +215,8 @@ class Level(nnx.Module):
     goes out with the call.
     """
 
+    learns_by = "dot"
+
     def __init__(
         self,
         config: LevelConfig,
@@ -341,7 +343,7 @@ class Level(nnx.Module):
     def _hidden(self, x: Activations) -> Float[Array, "B T F"]:
         """Returns the last hidden units."""
         activation = ACTIVATIONS[self.config.activation]
-        hidden = jnp.einsum("BTD,PDF->BTPF", x, self.up[...].astype(x.dtype))
+        hidden = dense(x, self.up[...], self.learns_by)
         hidden = constrain(hidden, ("batch", "time", None, "mlp"))
         active = activation(hidden[:, :, 0])
         if hidden.shape[2] == 2:
@@ -353,7 +355,7 @@ class Level(nnx.Module):
 
     def _recall(self, x: Activations) -> Activations:
         """Reads with the slow weights alone."""
-        return self._hidden(x) @ self.down[...].astype(x.dtype)
+        return dense(self._hidden(x), self.down[...], self.learns_by)
 
 
 class ContinuumMemory(nnx.Module):

@@ -40,12 +40,12 @@ def learn_by(model: nnx.Module, objective: str):
     """Chooses what the weights of dense layers learn by; gates, norms and tables are left alone.
 
     Args:
-      model: Each of its layers with an attribute `objective` is set.
+      model: Each of its layers with an attribute `learns_by` is set.
       objective: One of `hope_jax.ops.linear.OBJECTIVES`; "dot", the default, is the loss.
     """
     for _, module in nnx.iter_modules(model):
-        if hasattr(module, "objective"):
-            module.objective = objective
+        if hasattr(module, "learns_by"):
+            module.learns_by = objective
 
 
 def dense(
@@ -89,7 +89,7 @@ class RMSNorm(nnx.Module):
 class Projections(nnx.Module):
     """Several projections of one input, read in a single matrix product."""
 
-    objective = "dot"
+    learns_by = "dot"
 
     def __init__(self, count: int, width: int, out: int, *, key: PRNGKeyArray):
         self.weight = parameter(
@@ -98,7 +98,7 @@ class Projections(nnx.Module):
 
     def __call__(self, x: Activations) -> list[Float[Array, "B T E"]]:
         """Returns one array for each projection."""
-        y = dense(x, self.weight[...], self.objective)
+        y = dense(x, self.weight[...], self.learns_by)
         return [y[:, :, part] for part in range(y.shape[2])]
 
 
@@ -125,7 +125,7 @@ class Gates(nnx.Module):
 class Output(nnx.Module):
     """Brings what the heads read back to the model's width."""
 
-    objective = "dot"
+    learns_by = "dot"
 
     def __init__(self, inner: int, width: int, *, depth: int, key: PRNGKeyArray):
         scale = 1 / sqrt(2 * depth * inner)
@@ -133,7 +133,7 @@ class Output(nnx.Module):
 
     def __call__(self, y: Float[Array, "B T E"]) -> Activations:
         """Projects; the sum over `depth` layers and two branches keeps the scale of one."""
-        x = dense(y, self.weight[...], self.objective)
+        x = dense(y, self.weight[...], self.learns_by)
         return constrain(x, ("batch", "time", "embed_out"))
 
 

@@ -154,8 +154,8 @@ def ggd(
     """
     if objective_named(objective) is not OBJECTIVES["dot"]:
         _log.warning(
-            "delta gradient descent moves weights of layers that use hope_jax.ops.linear; "
-            "what else there is moves by plain gradient descent"
+            "delta gradient descent moves weights of layers that use hope_jax.ops.linear (those of "
+            "models with model.objective); what else there is moves by plain gradient descent"
         )
     return optax.chain(
         scale_by_proximal_step(learning_rate, objective=objective, key_norm=key_norm),
