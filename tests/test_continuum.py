@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from hope_jax import config
-from hope_jax.modules.continuum import ContinuumConfig, LevelConfig, spread_levels
+from hope_jax.modules.continuum import ContinuumConfig, LevelConfig, SpreadConfig
 
 WIDTH, TIME, ROWS = 12, 19, 2
-SPREAD = {"levels": 2, "lowest_frequency": 8, "hidden": 6}
+SPREAD = {"spread": SpreadConfig(levels=2, lowest_frequency=8, hidden=6)}
 
 VARIANTS = {
     "sequential": ContinuumConfig(
@@ -23,7 +23,9 @@ VARIANTS = {
         adapt="all",
         dgd=True,
     ),
-    "nested": ContinuumConfig(variant="nested", levels=3, lowest_frequency=32, hidden=6),
+    "nested": ContinuumConfig(
+        variant="nested", spread=SpreadConfig(levels=3, lowest_frequency=32, hidden=6)
+    ),
     "independent": ContinuumConfig(variant="independent", **SPREAD),
     "headwise": ContinuumConfig(variant="headwise", **SPREAD),
     "leaky": ContinuumConfig(variant="leaky", **SPREAD),
@@ -116,23 +118,26 @@ def test_deltas_cost_flops_and_static_levels_none():
 
 
 def test_a_number_of_levels_is_spread_down_to_the_lowest_frequency():
-    assert [level.chunk for level in spread_levels(4, 4096, 8)] == [64, 256, 1024, 4096]
-    short = ContinuumConfig(levels=3, lowest_frequency=512, hidden=8)
-    assert [level.chunk for level in short.levels] == [32, 128, 512]
-    assert (short.lowest_frequency, short.hidden) == (None, None)
-    parsed = config.parse(ContinuumConfig, {"levels": 3, "lowest_frequency": 512, "hidden": 8})
-    assert parsed == short
+    spread = SpreadConfig(levels=4, lowest_frequency=4096, hidden=8)
+    assert [level.chunk for level in spread.build()] == [64, 256, 1024, 4096]
+    short = {"spread": {"levels": 3, "lowest_frequency": 512, "hidden": 8}}
+    parsed = config.parse(ContinuumConfig, short)
+    assert [level.chunk for level in parsed.levels] == [32, 128, 512]
+    assert parsed.spread is None
+    for wrong, message in (
+        ({"levels": 0}, "levels must be at least 1, got 0"),
+        ({"lowest_frequency": 100}, "multiple of 16, at least twice that, for 3 levels, got 100"),
+        ({"lowest_frequency": 16}, "multiple of 16, at least twice that, for 3 levels, got 16"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            config.parse(ContinuumConfig, {"spread": short["spread"] | wrong})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"levels": ()}, "levels must name at least one level, got none"),
-        ({"levels": 0}, "levels must name at least one level, got 0"),
-        ({"levels": 2}, "must come with lowest_frequency and hidden"),
-        (SPREAD | {"lowest_frequency": 10}, "lowest_frequency must be a multiple of 4, .* got 10"),
-        (SPREAD | {"lowest_frequency": 4}, "at least twice that, for 2 levels, got 4"),
-        ({"levels": (LevelConfig(hidden=4),), "hidden": 4}, "go with a number of levels alone"),
+        (SPREAD | {"levels": (LevelConfig(hidden=4),)}, "must not both be given"),
         (SPREAD | {"surprise": -1.0}, "surprise must be at least 0, got -1.0"),
         (SPREAD | {"replay": 2}, "replay must come with objective next_token, got local"),
         (SPREAD | {"objective": "next_token", "replay": -1}, "replay must be at least 0"),

@@ -341,8 +341,8 @@ def _teach(model, memory, gradient, loss, targets):
     levels = zip(config.levels, memory.continuum, gradient, strict=True)
     for settings, level, slope in levels:
         if slope is not None:
-            numbers = settings.rate, settings.retain, settings.momentum or None
-            pace = Pace(*(None if n is None else jnp.asarray(n) for n in numbers))
+            momentum = jnp.asarray(settings.momentum) if settings.momentum else None
+            pace = Pace(jnp.asarray(settings.rate), jnp.asarray(settings.retain), momentum)
             teach = partial(teach_level, chunk=settings.chunk, surprise=config.surprise)
             level = jax.vmap(lambda m, g, p=pace, f=teach: f(m, g, loss, targets, p))(level, slope)
         after.append(level)

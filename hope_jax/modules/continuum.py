@@ -71,11 +71,39 @@ class LevelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpreadConfig:
+    """Shorthand for levels of one size, each `RATIO` times as slow as the one before.
+
+    Attributes:
+      levels: How many.
+      lowest_frequency: Tokens between two moves of the slowest.
+      hidden: Hidden units of each.
+    """
+
+    levels: int
+    lowest_frequency: int
+    hidden: int
+
+    def __post_init__(self):
+        if self.levels < 1:
+            raise ValueError(f"levels must be at least 1, got {self.levels}")
+        fastest = RATIO ** (self.levels - 1)
+        if self.lowest_frequency % fastest or self.lowest_frequency < 2 * fastest:
+            raise ValueError(
+                f"lowest_frequency must be a multiple of {fastest}, at least twice that, for "
+                f"{self.levels} levels, got {self.lowest_frequency}"
+            )
+
+    def build(self) -> tuple[LevelConfig, ...]:
+        """Makes the levels, fastest first."""
+        slower = range(self.levels - 1, -1, -1)
+        chunks = [self.lowest_frequency // RATIO**steps for steps in slower]
+        return tuple(LevelConfig(hidden=self.hidden, chunk=chunk) for chunk in chunks)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContinuumConfig:
     """Levels, fastest first.
-
-    `levels: 4` with `lowest_frequency: 4096` and `hidden: 512` is a shorthand for four levels of
-    512 hidden units whose chunks are 64, 256, 1024 and 4096 tokens, each four times the last one.
 
     Attributes:
       variant: "sequential" chains the levels (eqs. 70, 73); "nested" chains them too, and each
@@ -85,8 +113,8 @@ class ContinuumConfig:
         "leaky" averages what each says over its last `chunk` tokens or so, with learned leaks,
         before they are summed: its levels learn nothing in context.
       levels: At least one. One level is the feed-forward network of a transformer.
-      lowest_frequency: Tokens between two moves of the slowest level, where `levels` is a number.
-      hidden: Hidden units of each level, where `levels` is a number.
+      spread: Makes the levels where they are not named: `{levels: 4, lowest_frequency: 4096,
+        hidden: 512}` moves four of them every 64, 256, 1024 and 4096 tokens.
       objective: What levels with a chunk learn in context: "local", to say at each token a learned
         view of the next one's input, inside every call of the model; "next_token", to lower the
         model's own loss, which `hope_jax.read` does (see `models.adapt`).
@@ -100,9 +128,8 @@ class ContinuumConfig:
     """
 
     variant: Literal["sequential", "nested", "independent", "headwise", "leaky"] = "sequential"
-    levels: tuple[LevelConfig, ...] | int
-    lowest_frequency: int | None = None
-    hidden: int | None = None
+    levels: tuple[LevelConfig, ...] = ()
+    spread: SpreadConfig | None = None
     objective: Literal["local", "next_token"] = "local"
     adapt: Literal["output", "all"] = "output"
     dgd: bool = False
@@ -112,13 +139,11 @@ class ContinuumConfig:
     replay_steps: int = 1
 
     def __post_init__(self):
-        if isinstance(self.levels, int):
-            spread = spread_levels(self.levels, self.lowest_frequency, self.hidden)
-            object.__setattr__(self, "levels", spread)
-            object.__setattr__(self, "lowest_frequency", None)
-            object.__setattr__(self, "hidden", None)
-        if self.lowest_frequency is not None or self.hidden is not None:
-            raise ValueError("lowest_frequency and hidden must go with a number of levels alone")
+        if self.spread is not None:
+            if self.levels:
+                raise ValueError("levels and spread must not both be given")
+            object.__setattr__(self, "levels", self.spread.build())
+            object.__setattr__(self, "spread", None)
         if not self.levels:
             raise ValueError("levels must name at least one level, got none")
         if self.surprise < 0:
@@ -128,7 +153,7 @@ class ContinuumConfig:
         if self.variant in ("nested", "leaky") and None in chunks:
             raise ValueError(f"every level must have a chunk in a {self.variant} continuum")
         if self.variant == "nested":
-            _check_nesting(chunks)
+            _check_nesting([chunk for chunk in chunks if chunk is not None])
         if self.objective == "local":
             for level in self.levels:
                 if level.rate >= 1:
@@ -136,7 +161,7 @@ class ContinuumConfig:
         elif self.variant == "nested" or self.dgd:
             raise ValueError("objective must be local for a nested continuum or dgd")
         else:
-            _check_multiples(chunks)
+            _check_multiples([chunk for chunk in chunks if chunk is not None])
 
     def _check_replay(self):
         if self.replay < 0 or self.replay_steps < 1:
@@ -186,28 +211,6 @@ class ContinuumConfig:
         return total
 
 
-def spread_levels(
-    count: int, lowest_frequency: int | None, hidden: int | None
-) -> tuple[LevelConfig, ...]:
-    """Makes levels each `RATIO` times as slow as the one before.
-
-    Raises:
-      ValueError: A number is missing, or the chunks would not be whole.
-    """
-    if count < 1:
-        raise ValueError(f"levels must name at least one level, got {count}")
-    if lowest_frequency is None or hidden is None:
-        raise ValueError("a number of levels must come with lowest_frequency and hidden")
-    fastest = RATIO ** (count - 1)
-    if lowest_frequency % fastest or lowest_frequency < 2 * fastest:
-        raise ValueError(
-            f"lowest_frequency must be a multiple of {fastest}, at least twice that, for {count} "
-            f"levels, got {lowest_frequency}"
-        )
-    chunks = [lowest_frequency // RATIO**slower for slower in range(count - 1, -1, -1)]
-    return tuple(LevelConfig(hidden=hidden, chunk=chunk) for chunk in chunks)
-
-
 class Level(nnx.Module):
     """A memory made of a feed-forward network: what it stores is in its weights.
 
@@ -248,7 +251,7 @@ class Level(nnx.Module):
             )
             own.append(self.middle)
         if continuum.variant == "leaky":
-            leak = jnp.full(width, _logit(1 - 1 / config.chunk))
+            leak = jnp.full(width, _logit(1 - 1 / (config.chunk or 2)))
             self.leak = parameter(leak, ("embed",), "vector")
             own.append(self.leak)
         elif config.chunk is not None and continuum.objective == "local":
@@ -447,11 +450,10 @@ def _check_nesting(chunks: list[int]) -> None:
             )
 
 
-def _check_multiples(chunks: list[int | None]) -> None:
-    known = [chunk for chunk in chunks if chunk is not None]
-    for chunk in known:
-        if chunk % min(known):
+def _check_multiples(chunks: list[int]) -> None:
+    for chunk in chunks:
+        if chunk % min(chunks):
             raise ValueError(
-                f"chunks must be multiples of the shortest, which is {min(known)}, "
+                f"chunks must be multiples of the shortest, which is {min(chunks)}, "
                 f"with objective next_token, got {chunk}"
             )

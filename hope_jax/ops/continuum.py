@@ -1,5 +1,6 @@
 """A level of a continuum memory: a network whose weights move after every chunk that it reads."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -56,9 +57,9 @@ class Fast(NamedTuple):
     """What a level has learned in a sequence.
 
     Attributes:
+      pending: What the chunk has taught so far.
       delta: What is added to its slow weights.
       momentum: Of the moves; None without.
-      pending: What the chunk has taught so far.
       initial: What the deltas begin with after each chunk of the slower level that carries them;
         None where none does.
       outer: What that slower level's chunk has taught so far.
@@ -67,9 +68,9 @@ class Fast(NamedTuple):
       skipped: Moves left out because they were not finite.
     """
 
+    pending: Lesson
     delta: Matrices
     momentum: Matrices | None
-    pending: Lesson
     initial: Matrices | None
     outer: Lesson | None
     writes: Int[Array, " B"]
@@ -265,9 +266,9 @@ def fresh_level(
         return Lesson(zeros(), tuple(row() for _ in weights), row(), row())
 
     fast = Fast(
+        lesson(),
         zeros(),
         zeros() if momentum else None,
-        lesson(),
         zeros() if outer else None,
         lesson() if outer else None,
         *(jnp.zeros(batch, jnp.int32) for _ in range(3)),
@@ -392,19 +393,20 @@ def _from_nothing(setting, pace, weights, tokens):
         return y, fast
     answers = [y]
     fast = _move(setting, pace, fast, jnp.asarray(size))
-    nothing = fast.pending
+    nothing = jax.eval_shape(lambda: fast.pending)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(fast, inputs):
+    def step(carry, inputs):
         part, index = inputs
-        fast, y = _read(setting, weights, fast, part)
-        fast = _move(setting, pace, fast, (index + 1) * size)
-        return fast._replace(pending=None), y  # it is zero, and large
+        # What is pending is zero and large: it is made here rather than carried.
+        pending = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), nothing)
+        fast, y = _read(setting, weights, Fast(pending, *carry), part)
+        return _move(setting, pace, fast, (index + 1) * size)[1:], y
 
     if whole > 1:
         rest = jax.tree.map(lambda a: _chunks(a, size, whole * size), tokens)
-        fast, y = jax.lax.scan(step, fast._replace(pending=None), (rest, jnp.arange(1, whole)))
-        fast = fast._replace(pending=nothing)
+        carry, y = jax.lax.scan(step, fast[1:], (rest, jnp.arange(1, whole)))
+        fast = Fast(fast.pending, *carry)
         answers.append(jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1]))
     if time % size:
         fast, y = _read(setting, weights, fast, _cut(tokens, whole * size, time))
@@ -462,9 +464,7 @@ def _read(setting, weights, fast: Fast, tokens: _Tokens):
     y, taught = _tile(setting, weights, fast.delta, tokens)
     if tokens.starts is not None:
         fast = _forget(fast, ~jnp.any(tokens.starts, -1))
-    if fast.pending is not None:
-        taught = jax.tree.map(jnp.add, fast.pending, taught)
-    return fast._replace(pending=taught), y
+    return fast._replace(pending=jax.tree.map(jnp.add, fast.pending, taught)), y
 
 
 def _tile(setting, weights, delta: Matrices | None, tokens: _Tokens):
@@ -489,30 +489,27 @@ def _tile(setting, weights, delta: Matrices | None, tokens: _Tokens):
 
 
 class _Layer(NamedTuple):
-    """A layer as tokens met it: its input, what D added, and its activation's pullback."""
+    """A layer as tokens met it: its input, the way back from it, and what D added."""
 
     x: Float[Array, "B T I"]
+    pull: Callable[[Array], tuple[Array]] | None
     added: Float[Array, "B T P O"] | None
-    pull: jax.tree_util.Partial | None
 
 
 def _forward(setting, weights, delta, opening, x, slow):
     """Runs the network; returns its output and the path through its layers."""
-    path = []
+    path, z, pull = [], slow, None
     for layer, weight in enumerate(weights):
-        z = slow if layer == 0 else _product(weight.astype(x.dtype), x)
+        if layer:
+            x, pull = jax.vjp(partial(_activate, setting.activation), z)
+            z = _product(weight.astype(x.dtype), x)
         added = None
         if delta is not None:
             added = _product(delta[layer].astype(x.dtype), x)
             added = added if opening is None else _where(opening, added)
             z = z + added
-        if layer == len(weights) - 1:
-            path.append(_Layer(x, added, None))
-            return z[:, :, 0], path
-        active, pull = jax.vjp(partial(_activate, setting.activation), z)
-        path.append(_Layer(x, added, pull))
-        x = active
-    raise ValueError("weights must hold at least one layer, got none")
+        path.append(_Layer(x, pull, added))
+    return z[:, :, 0], path
 
 
 def _backward(setting, weights, delta, opening, path, error, keys):
@@ -520,19 +517,19 @@ def _backward(setting, weights, delta, opening, path, error, keys):
     gradients, energies = [], []
     dtype = path[0].x.dtype
     cotangent = error.astype(dtype)[:, :, None]
-    for layer, (x, added, _) in reversed(list(enumerate(path))):
+    for layer, (x, pull, added) in reversed(list(enumerate(path))):
         taught = cotangent
         if setting.dgd and added is not None:
             taught = taught + _where(keys, added)
         gradient = jnp.einsum("BTI,BTPO->BPIO", x, taught, preferred_element_type=_wide(dtype))
         gradients.append(gradient)
         energies.append(jnp.sum(_where(keys, x).astype(_wide(dtype)) ** 2, (1, 2)))
-        if layer:
+        if pull is not None:
             back = jnp.einsum("BTPO,PIO->BTI", cotangent, weights[layer].astype(dtype))
             if delta is not None:
                 more = jnp.einsum("BTPO,BPIO->BTI", cotangent, delta[layer].astype(dtype))
                 back = back + (more if opening is None else _where(opening, more))
-            (cotangent,) = path[layer - 1].pull(back)
+            (cotangent,) = pull(back)
     return tuple(gradients[::-1]), tuple(energies[::-1])
 
 
@@ -546,7 +543,7 @@ def _move(setting, pace, fast: Fast, position) -> Fast:
         change = momentum
     delta = tuple(pace.retain * d + c for d, c in zip(fast.delta, change, strict=True))
     initial, outer = fast.initial, fast.outer
-    if setting.outer is not None:
+    if initial is not None:
         outer = jax.tree.map(jnp.add, outer, fast.pending)
         carried = _step(pace.outer_rate, outer)
         carried = tuple(pace.outer_retain * i + c for i, c in zip(initial, carried, strict=True))
@@ -563,9 +560,9 @@ def _move(setting, pace, fast: Fast, position) -> Fast:
         return jax.tree.map(lambda a, b: jnp.where(_rows(writes, a), a, b), new, old)
 
     return Fast(
+        jax.tree.map(jnp.zeros_like, fast.pending),
         keep(delta, fast.delta),
         keep(momentum, fast.momentum),
-        jax.tree.map(jnp.zeros_like, fast.pending),
         keep(initial, fast.initial),
         keep(outer, fast.outer),
         fast.writes + writes,
@@ -587,11 +584,17 @@ def _finite(matrices) -> Bool[Array, " B"]:
 
 def _forget(fast: Fast, kept: Bool[Array, " B"]) -> Fast:
     """Sets rows to zero; what was counted stays."""
-    emptied = jax.tree.map(
-        lambda a: jnp.where(_rows(kept, a), a, 0),
-        fast._replace(writes=None, gated=None, skipped=None),
+
+    def keep(tree):
+        return jax.tree.map(lambda a: jnp.where(_rows(kept, a), a, 0), tree)
+
+    return fast._replace(
+        pending=keep(fast.pending),
+        delta=keep(fast.delta),
+        momentum=keep(fast.momentum),
+        initial=keep(fast.initial),
+        outer=keep(fast.outer),
     )
-    return emptied._replace(writes=fast.writes, gated=fast.gated, skipped=fast.skipped)
 
 
 def _network(activation, weights, x):
