@@ -2,13 +2,14 @@
 
 python benchmarks/ops.py [--out RECORDS.json] [--only PART,...] [--batch 8 --time 4096 ...]
 
-Parts: check (errors of values and gradients against the float64 reference), time (each form,
-forward and forward + backward), launch (the kernels alone, launched in several ways). The table
+Parts: time (each form, forward and forward + backward), launch (the kernels alone, launched in
+several ways), check (errors of values and gradients against the float64 reference). The table
 comes last. Records are appended to RECORDS.json.
 """
 
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import isfinite
 
@@ -115,7 +116,7 @@ CHECKS = [
 ]
 
 
-def check(rows):
+def check(rows, forms):
     """Compares the kernel with the float64 reference; the XLA form's error stands beside it."""
     for op, dtype, precision, shape, chunk, what in CHECKS:
         arrays = narrow(inputs(op, *shape, correlated=what == "correlated"), dtype)
@@ -126,7 +127,7 @@ def check(rows):
         jax.config.update("jax_enable_x64", True)
         truth = values_and_gradients(op, "reference", chunk, host, starts, jnp.float64)
         jax.config.update("jax_enable_x64", False)
-        for form in (KERNELS[platform()], "chunked"):
+        for form in forms or (KERNELS[platform()], "chunked"):
             begin = time.perf_counter()
             with jax.default_matmul_precision(precision):
                 try:
@@ -146,18 +147,46 @@ def check(rows):
 # --- times ----------------------------------------------------------------------------------------
 
 
-def milliseconds(run, *arrays, inner=10, repeats=11):
-    """The median over repeats of the mean of calls that were queued together; compiled and warm."""
-    begin = time.perf_counter()
-    run = jax.jit(run).lower(*arrays).compile()
-    compiling = time.perf_counter() - begin
-    jax.block_until_ready([run(*arrays) for _ in range(3)])
+def milliseconds(compiled, arrays, inner=10, repeats=11):
+    """The median over repeats of the mean of calls that were queued together; warm."""
+    jax.block_until_ready([compiled(*arrays) for _ in range(3)])
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        jax.block_until_ready([run(*arrays) for _ in range(inner)][-1])
+        jax.block_until_ready([compiled(*arrays) for _ in range(inner)][-1])
         times.append(1e3 * (time.perf_counter() - begin) / inner)
-    return sorted(times)[repeats // 2], compiling
+    return sorted(times)[repeats // 2]
+
+
+def timed(jobs):
+    """Compiles jobs `(label, run, shapes)` side by side; yields their milliseconds or failures."""
+
+    def compile_(job):
+        begin = time.perf_counter()
+        try:
+            return jax.jit(job[1]).lower(*job[2]).compile(), time.perf_counter() - begin
+        except Exception as failure:
+            return failure, time.perf_counter() - begin
+
+    with ThreadPoolExecutor(8) as pool:
+        compiled = list(pool.map(compile_, jobs))
+    for (label, _, shapes), (run, spent) in zip(jobs, compiled, strict=True):
+        result = run
+        if not isinstance(run, Exception):
+            arrays = jax.tree.map(some, shapes)
+            try:
+                result = milliseconds(run, arrays)
+            except Exception as failure:
+                result = failure
+        yield label, result, spent
+
+
+def some(shape):
+    """An array of such a shape: numbers that keep every op finite."""
+    if jnp.issubdtype(shape.dtype, jnp.floating):
+        noise = jax.random.normal(jax.random.key(0), shape.shape, jnp.float32)
+        return jax.nn.sigmoid(noise + 2).astype(shape.dtype)
+    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def passes(op, form, chunk, starts):
@@ -176,6 +205,7 @@ def time_forms(rows, records, shape, forms):
     batch, length, heads, width = shape
     cases = [("self_referential", "bfloat16", 64, ""), ("delta", "bfloat16", 64, "")]
     cases += [("self_referential", "bfloat16", 64, "starts"), ("gated_delta", "bfloat16", 64, "")]
+    jobs = []
     for op, dtype, chunk, what in cases:
         arrays = narrow(inputs(op, *shape), dtype)
         starts = None
@@ -186,21 +216,17 @@ def time_forms(rows, records, shape, forms):
                 continue
             for name, run in passes(op, form, chunk, starts).items():
                 note = f"B={batch} T={length} H={heads} d={width} C={chunk} {dtype} {form} {what}"
-                try:
-                    spent, compiling = milliseconds(run, arrays)
-                except Exception as failure:
-                    rows.append(f"{op} {name} {note} FAILED {failure!r}"[:400])
-                    print(rows[-1], flush=True)
-                    continue
-                rows.append(
-                    f"{op:18} {name:8} {spent:9.3f} ms  {note} (compiled in {compiling:.0f} s)"
-                )
-                print(rows[-1], flush=True)
                 official = form == kernel and not what
-                label = (
-                    f"op/{op}/{name}" if official else f"op/{op}/{name}/{form}{what and '/'}{what}"
-                )
-                records.append(record(label, spent, "ms", note))
+                label = f"op/{op}/{name}"
+                label += "" if official else f"/{form}{what and '/'}{what}"
+                jobs.append(((label, note), run, (arrays,)))
+    for (label, note), result, compiling in timed(jobs):
+        if isinstance(result, Exception):
+            rows.append(f"{label} {note} FAILED {result!r}"[:400])
+        else:
+            rows.append(f"{label:36} {result:9.3f} ms  {note} (compiled in {compiling:.0f} s)")
+            records.append(record(label, result, "ms", note))
+        print(rows[-1], flush=True)
 
 
 def launches(rows, shape):
@@ -208,55 +234,76 @@ def launches(rows, shape):
     batch, length, heads, width = shape
     tall = (batch * length // 64, 64, heads, width)
     cases = [
-        # op, shape, chunk, warps, stages, with the backward
-        ("self_referential", shape, 64, 4, 1, True),
-        ("self_referential", shape, 64, 8, 1, False),
-        ("self_referential", shape, 64, 4, 2, False),
-        ("self_referential", shape, 32, 4, 1, False),
-        ("self_referential", tall, 64, 4, 1, True),
-        ("self_referential", (2 * batch, length, heads, width), 64, 4, 1, True),
-        ("self_referential", (batch, length, heads // 2, 2 * width), 64, 8, 1, False),
-        ("delta", shape, 64, 4, 1, True),
-        ("delta", shape, 64, 8, 1, False),
-        ("delta", shape, 32, 4, 1, True),
-        ("delta", tall, 64, 4, 1, True),
+        # op, shape, chunk, warps, stages
+        ("self_referential", shape, 64, 4, 1),
+        ("self_referential", shape, 64, 8, 1),
+        ("self_referential", shape, 64, 4, 2),
+        ("self_referential", tall, 64, 4, 1),
+        ("delta", shape, 64, 4, 1),
+        ("delta", shape, 64, 8, 1),
+        ("delta", (batch, length, heads // 2, 2 * width), 64, 8, 1),
     ]
-    for op, dims, chunk, warps, stages, both in cases:
-        arrays = narrow(inputs(op, *dims), "bfloat16")
-        launch = gpu.Launch(warps, stages)
+    jobs = []
+    for op, dims, chunk, warps, stages in cases:
         label = f"{op:18} {dims!s:20} C={chunk} warps={warps} stages={stages}"
-        text = ""
         try:
+            arrays = narrow(inputs(op, *dims), "bfloat16")
             plan, sequence = caught(op, chunk, arrays)
-            for keep in (False, True):
-                run = partial(gpu.forward, plan, keep=keep, launch=launch)
-                spent, compiling = milliseconds(run, sequence)
-                text += f" fwd{'+keep' if keep else ''} {spent:.3f}"
-            text += f" ({compiling:.0f} s)"
-            if both:
-                y, ends, held, starts = jax.jit(run)(sequence)
-                ends = jax.tree.map(jnp.zeros_like, ends)
-                run = partial(gpu.backward, plan, launch=launch)
-                spent, compiling = milliseconds(run, sequence, starts, y, ends, held)
-                text += f" bwd {spent:.3f} ({compiling:.0f} s)"
+            parts = launch_parts(plan, sequence, gpu.Launch(warps, stages))
+            jobs += [((label, name), run, shapes) for name, (run, shapes) in parts.items()]
         except Exception as failure:
-            text += " FAILED " + repr(failure)[:300]
-        rows.append(label + text)
-        print(rows[-1], flush=True)
+            rows.append(f"{label} FAILED {failure!r}"[:400])
+            print(rows[-1], flush=True)
+    found = {}
+    for (label, name), result, compiling in timed(jobs):
+        text = f"{name} {result!r}"[:200]
+        if not isinstance(result, Exception):
+            text = f"{name} {result:.3f} ({compiling:.0f} s)"
+        print(label, text, flush=True)
+        found.setdefault(label, []).append(text)
+    rows += [f"{label}  {'  '.join(texts)}" for label, texts in found.items()]
+
+
+def launch_parts(plan, sequence, launch):
+    """The launches of an op by name, each with the shapes of its arguments."""
+    keep = partial(gpu.forward, plan, keep=True, launch=launch)
+    y, ends, _, starts = jax.eval_shape(keep, sequence)
+    prepare = partial(gpu._prepare, plan, launch=launch)
+    notes = jax.eval_shape(prepare, sequence, starts, y)
+    notes = {name: array for name, array in notes.items() if name not in ("dquery", "weight")}
+    parts = {
+        "fwd": (partial(gpu.forward, plan, keep=False, launch=launch), (sequence,)),
+        "fwd+keep": (keep, (sequence,)),
+        "prepare": (prepare, (sequence, starts, y)),
+    }
+    if plan.consults:
+
+        def unlearn(*arrays):
+            return gpu._unlearn(plan, *arrays, None, launch)
+
+        return parts | {"unlearn": (unlearn, (sequence, notes, starts, y, ends))}
+    push = partial(gpu._push_back, plan, launch=launch)
+    afters = jax.eval_shape(push, sequence, notes, ends)[1]
+    unlearn = partial(gpu._unlearn_at_once, plan, launch=launch)
+    parts["push_back"] = push, (sequence, notes, ends)
+    return parts | {"unlearn": (unlearn, (sequence, notes, starts, afters))}
 
 
 def caught(op, chunk, arrays):
-    """The plan and the sequence that an op hands to its kernel."""
+    """The plan, and the shapes of the sequence, that an op hands to its kernel."""
     found = []
     scan = fused._scan
 
     def spy(plan, sequence):
-        found.append((plan, fused._rounded(plan, sequence)))
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), fused._rounded(plan, sequence)
+        )
+        found.append((plan, shapes))
         return scan(plan, sequence)
 
     fused._scan = spy
     try:
-        call(op, KERNELS[platform()], chunk, arrays)
+        jax.eval_shape(lambda arrays: call(op, KERNELS[platform()], chunk, arrays), arrays)
     finally:
         fused._scan = scan
     return found[0]
@@ -265,8 +312,8 @@ def caught(op, chunk, arrays):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", help="a JSON file to append records to")
-    parser.add_argument("--only", default="check,time,launch", help="parts, by comma")
-    parser.add_argument("--forms", default="", help="forms to time, by comma")
+    parser.add_argument("--only", default="time,launch,check", help="parts, by comma")
+    parser.add_argument("--forms", default="", help="forms to look at, by comma")
     for name, value in {"batch": 8, "time": 4096, "heads": 16, "width": 64}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
@@ -274,13 +321,13 @@ def main():
     device = jax.devices()[0]
     rows = [f"{device.device_kind} x {len(jax.devices())}, jax {jax.__version__}"]
     records = []
-    parts = options.only.split(",")
-    if "check" in parts:
-        check(rows)
+    parts, forms = options.only.split(","), tuple(filter(None, options.forms.split(",")))
     if "time" in parts:
-        time_forms(rows, records, shape, tuple(filter(None, options.forms.split(","))))
+        time_forms(rows, records, shape, forms)
     if "launch" in parts and platform() == "gpu":
         launches(rows, shape)
+    if "check" in parts:
+        check(rows, forms)
     if options.out:
         append(options.out, records)
     print("\n" + "=" * 40 + "\n" + "\n".join(rows))

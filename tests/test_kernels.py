@@ -150,7 +150,8 @@ def test_fast_kv_kernel_is_the_reference(case):
 
 
 def test_bfloat16_tokens_keep_two_digits():
-    op, arguments = self_referential_call(time=48)
+    # Long enough that the gradients of the biases, sums over all tokens, do not nearly cancel.
+    op, arguments = self_referential_call(time=160)
     arguments = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
     expected = values_and_gradients(op, arguments, "reference")
     x, slow, *rest = arguments

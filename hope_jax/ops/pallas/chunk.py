@@ -1,15 +1,21 @@
 """What a kernel computes for one chunk of one head: matrix memories learn it, and it is undone.
 
 Only matrix products, elementwise arithmetic and reductions of two-dimensional values, without a
-slice, a concatenation or a one-dimensional array, so that the same code lowers through Triton and
-through Mosaic. Vectors over tokens are columns `[C, 1]`.
+slice or a concatenation, so that the same code lowers through Triton and through Mosaic. Vectors
+over tokens are columns `[C, 1]`. Matrices of memories are read where they lie each time they are
+needed: registers do not hold them all.
+
+Undoing comes in two parts. `prepare` computes whatever does not depend on the gradient of the
+state after the chunk, for all chunks at once. `unlearn` is the rest, which goes from the last
+chunk to the first.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 GATE_ROWS = 16
 """Rows of the matrix that holds the gates' memories: eta, alpha, and zeros up to a tile."""
@@ -61,219 +67,635 @@ class Plan(NamedTuple):
         """All matrices that learn."""
         return self.memories + (("gates",) if self.gates else ())
 
+    @property
+    def consults(self) -> bool:
+        """Whether what tokens bring to a chunk depends on the state at its start."""
+        adaptive = len(self.names) > 1
+        return adaptive or self.targets == "self" or self.objective == "l2" or self.read == "chunk"
 
-class Lesson(NamedTuple):
-    """A chunk, computed as far as its reads and its last state need it.
+    @property
+    def steps(self) -> bool:
+        """Whether all a token adds is in proportion to a write gate that memories make.
+
+        The gradient of its logarithm is then what is owed along what was added, one sum instead
+        of the small difference of two.
+        """
+        return self.erases == "state" and "eta" in self.gates
+
+
+class Memories(NamedTuple):
+    """Where the matrices of a chunk are read, as functions of their name.
 
     Attributes:
-      held: What tokens project with, rounded to operands.
-      start: The states at the chunk's start, rounded to operands.
+      state: The state at the chunk's start (its distance to the origin with an anchor).
+      held: What tokens project with.
+      origin: Where states return to after a document start; None if nothing needs it.
+    """
+
+    state: Callable[[str], Array]
+    held: Callable[[str], Array]
+    origin: Callable[[str], Array] | None
+
+
+class Place(NamedTuple):
+    """Where the documents of a chunk lie.
+
+    Attributes:
+      number: The number of document starts in the chunk up to the token; -1 for padding.
+      last: The number of the last token that is not padding, -1 if there is none.
+    """
+
+    number: Int[Array, "C 1"]
+    last: Int[Array, ""]
+
+    @property
+    def live(self) -> Bool[Array, "C 1"]:
+        """False for padding."""
+        return self.number >= 0
+
+    @property
+    def open(self) -> Bool[Array, "C 1"]:
+        """Whether the token's document began before the chunk."""
+        return self.number == 0
+
+
+class Lesson(NamedTuple):
+    """What the tokens of a chunk say, and how it weighs.
+
+    Attributes:
       key: Keys; `key_scale` is their length's inverse, None for keys that came with the tokens.
       key_scale: See `key`.
       value: Values.
       query: Queries; `query_scale` as for keys.
       query_scale: See `query`.
-      write: The write gate, zero for tokens that are not live.
-      erase: What multiplies the erased, zero for tokens that are not live.
-      alpha: The retention gate.
-      log_retain: Its logarithm, zero for tokens that are not live.
+      write: The write gate, zero for padding.
+      erase: What multiplies the erased, zero for padding; None if nothing is erased.
+      retain: The retention gate; `forget` is one minus it, where a memory makes it.
+      forget: See `retain`.
+      arrival: The logarithm of what is left of the document's first state when a token arrives.
+      departure: The same when it leaves.
       before: What is left of the chunk's first state when a token arrives.
+      inherit: What the token then sees of the origin; None if nothing, or all with an anchor.
       after: What is left of a token's write at the chunk's end.
       through: What is left of the chunk's first state at its end.
+      restore: What the last state has of the origin, beside distances; None if nothing.
       decay: Weights of the writes of earlier tokens (columns) when a token (row) arrives.
-      overlap: `decay * K K^T`.
-      inverse: (I + erase overlap)^-1.
-      scale: The inverse lengths of the targets, by memory.
-      target: The targets, by memory.
-      found: What a token finds under its key of the chunk's first state and the origin.
-      delta: What each token adds in front of its key.
+      overlap: `decay * K K^T`; None if nothing is erased.
+      inverse: (I + erase overlap)^-1; None if nothing is erased.
     """
 
-    held: Values
-    start: Values
     key: Array
     key_scale: Array | None
-    value: Array | None
-    query: Array | None
+    value: Array
+    query: Array
     query_scale: Array | None
     write: Array
     erase: Array | None
-    alpha: Array
-    log_retain: Array
+    retain: Array
+    forget: Array | None
+    arrival: Array
+    departure: Array
     before: Array
+    inherit: Array | None
     after: Array
     through: Array
+    restore: Array | None
     decay: Array
     overlap: Array | None
     inverse: Array | None
-    scale: Values
-    target: Values
-    found: Values
-    delta: Values
 
 
-def learn(
+def attend(
     plan: Plan,
     tokens: Values,
-    live: Bool[Array, "C 1"] | None,
-    states: Values,
-    held: Values,
-    origins: Values | None,
+    place: Place | None,
+    memories: Memories,
     bias: Float[Array, "1 G"] | None,
 ) -> Lesson:
-    """Computes what each token of a chunk adds to each memory.
+    """Lets tokens project and weighs them.
 
     Args:
       plan: What to compute.
       tokens: x, and what slow projections say: q, k, v `[C, K]`, eta, alpha `[C, 1]`.
-      live: False for tokens that take no part.
-      states: The states at the chunk's start (distances to the origin with an anchor).
-      held: The states that tokens project with, likewise.
-      origins: The origins, as operands; None where nothing needs them.
+      place: Where documents lie; None if the plan is not segmented.
+      memories: The memories.
       bias: Added to the gates that memories make.
 
     Returns:
       The lesson.
     """
-    matrices = {
-        name: _round(plan, held[name] + origins[name] if plan.anchor else held[name])
-        for name in plan.names
-    }
-    start = {name: _round(plan, states[name]) for name in plan.names}
-    x = tokens.get("x")
-    key, key_scale = _project(plan, "k", x, tokens, matrices)
-    key = _round(plan, key)
-    query, query_scale = _project(plan, "q", x, tokens, matrices)
-    value = _dot(plan, x, matrices["v"], 1, 1) if "v" in plan.memories else tokens["v"]
-    value = _round(plan, value)
-    write, alpha, log_retain = _gates(plan, x, tokens, matrices, bias, live)
+    key, key_scale = _project(plan, "k", tokens, place, memories)
+    query, query_scale = _project(plan, "q", tokens, place, memories)
+    value = tokens["v"] if "v" in tokens else consult(plan, place, memories, "v", tokens["x"])
+    write, retain, forget, log_retain = _gates(plan, tokens, place, memories, bias)
 
     row, column = _grid(plan.chunk)
-    total = jnp.sum(jnp.where(row >= column, log_retain.T, 0), 1, keepdims=True)
-    last = jnp.sum(log_retain, 0, keepdims=True)
-    decay = jnp.where(row > column, jnp.exp(total - log_retain - total.T), 0)
-    before, after = jnp.exp(total - log_retain), jnp.exp(last - total)
+    same = row >= column
+    if place is not None:
+        same = same & (place.number == place.number.T)
+    departure = jnp.sum(jnp.where(same, log_retain.T, 0), 1, keepdims=True)
+    arrival = departure - log_retain
+    ending = log_retain if place is None else jnp.where(place.number == place.last, log_retain, 0)
+    last = jnp.sum(ending, 0, keepdims=True)
+    decay = _decay(plan, place, arrival, departure)
+    before, after, through = jnp.exp(arrival), jnp.exp(last - departure), jnp.exp(last)
+    inherit = restore = None
+    if place is not None:
+        if not plan.anchor and memories.origin is not None:
+            inherit = jnp.where(place.open, 0, before)
+            restore = jnp.where(place.last > 0, through, 0)
+        before = jnp.where(place.open, before, 0)
+        after = jnp.where(place.number == place.last, after, 0)
+        through = jnp.where(place.last > 0, 0, through)
+
     erase = overlap = inverse = None
+    key = _round(plan, key)
     if plan.erases != "nothing":
-        erase = write if plan.erases == "state" else write * alpha
+        erase = write if plan.erases == "state" else write * retain
         overlap = decay * _dot(plan, key, key, 1, 1)
         inverse = _unit_lower_inverse(plan, _round(plan, erase * overlap))
     return Lesson(
-        matrices, start, key, key_scale, value, query, query_scale,
-        write, erase, alpha, log_retain, before, after, jnp.exp(last), decay, overlap, inverse,
-        {}, {}, {}, {},
+        key, key_scale, _round(plan, value), _round(plan, query), query_scale,
+        write, erase, retain, forget, arrival, departure, before, inherit, after, through, restore,
+        decay, overlap, inverse,
     )  # fmt: skip
 
 
-def recite(
-    plan: Plan, lesson: Lesson, states: Values, origins: Values | None
-) -> tuple[Values, Float[Array, "C V"]]:
-    """Teaches each memory, one after the other, and reads the one that is read.
+def consult(plan, place, memories, name, rows):
+    """Reads a memory as tokens hold it: since their document began, the origin."""
+    y = _dot(plan, rows, memories.held(name), 1, 1)
+    if place is None:
+        return y
+    fresh = 0
+    if memories.origin is not None:
+        fresh = _dot(plan, rows, memories.origin(name), 1, 1)
+    return jnp.where(place.open, y, fresh)
 
-    A memory is done before the next begins, so that little has to be held at a time.
+
+def teach(plan, lesson, place, memories, name):
+    """Computes one memory's targets, their scale, and what each token adds in front of its key."""
+    target, scale = lesson.value.astype(jnp.float32), None
+    if plan.targets == "self":
+        target = consult(plan, place, memories, name, lesson.value)
+    if plan.normalize:
+        square = target * target
+        if name == "gates":
+            scale = jax.lax.rsqrt(square + 1)
+        else:
+            scale = jax.lax.rsqrt(jnp.sum(square, 1, keepdims=True) + 1e-6)
+        target = target * scale
+    delta = lesson.write * _error(plan, place, memories, name, lesson.key, target)
+    if plan.erases != "nothing":
+        found = _inherited(plan, lesson.before, lesson.inherit, memories, name, lesson.key)
+        delta = _dot(plan, lesson.inverse, delta - lesson.erase * found)
+    return target, scale, delta
+
+
+def advance(plan, lesson, memories, name, state, delta):
+    """The state of one memory after the chunk."""
+    state = lesson.through * state + _dot(plan, lesson.after * delta, lesson.key, 0, 0)
+    if lesson.restore is not None:
+        state += lesson.restore * memories.origin(name)
+    return state
+
+
+def read(plan, lesson, place, memories, delta):
+    """Reads the memory that is read; `delta` is what tokens added to it."""
+    if plan.read == "chunk":
+        return consult(plan, place, memories, "memory", lesson.query)
+    before, inherit, weights = _reach(plan, lesson)
+    shares = weights * _dot(plan, lesson.query, lesson.key, 1, 1)
+    y = _inherited(plan, before, inherit, memories, "memory", lesson.query)
+    return y + _dot(plan, shares, delta)
+
+
+def notes(plan: Plan, restores: bool) -> dict[str, str]:
+    """The names of what `prepare` notes, and what each is.
 
     Args:
-      plan: What to compute.
-      lesson: What `learn` returned.
-      states: The states at the chunk's start.
-      origins: The origins, as operands.
+      plan: What is computed.
+      restores: Whether states, not distances, return to an origin at a document start.
 
     Returns:
-      The states after the chunk, and what was read.
+      By name: "key" or "value" for rows of so many features, "gates" for rows of `GATE_ROWS`,
+      "state" for a matrix like a state, "column", or "number".
     """
-    ends = {}
+    kinds = {"pull": "key", "dquery": "key", "through": "number"}
+    kinds |= dict.fromkeys(("write", "arrival", "departure", "before", "after"), "column")
+    if "alpha" in plan.gates:
+        kinds["forget"] = "column"
+    if plan.erases == "retained":
+        kinds |= {"retain": "column", "erase": "column"}
+    for name, label in {"k": "key", "v": "value", "q": "query"}.items():
+        if name in plan.memories:
+            kinds[label] = "key"
+            if name != "v":
+                kinds[label + "_scale"] = "column"
     for name in plan.names:
-        teach(plan, lesson, name, origins)
-        delta = lesson.delta[name]
-        push = _dot(plan, lesson.after * delta, lesson.key, 0, 0)
-        ends[name] = lesson.through * states[name] + push
-    return ends, _read(plan, lesson, origins)
+        like = "gates" if name == "gates" else "value"
+        kinds["delta_" + name] = like
+        if plan.targets == "self":
+            kinds["target_" + name] = like
+        if plan.normalize and name != "gates":
+            kinds["scale_" + name] = "column"
+    if plan.read != "chunk":
+        kinds |= {"ddelta": "value", "dkey": "key", "dstate": "state", "dlog": "column"}
+    if restores:
+        kinds |= {"inherit": "column", "restore": "number"}
+        if plan.read != "chunk":
+            kinds["weight"] = "column"
+    return kinds
 
 
-def _read(plan, lesson, origins):
+def prepare(
+    plan: Plan,
+    lesson: Lesson,
+    place: Place | None,
+    memories: Memories,
+    dy: Float[Array, "C V"],
+    note: Callable[[str, Array], None],
+) -> None:
+    """Notes what `unlearn` has to know of a chunk.
+
+    Args:
+      plan: What was computed.
+      lesson: What `attend` returned.
+      place: Where documents lie.
+      memories: The memories.
+      dy: The gradient of what was read.
+      note: Called with the name and the value of everything in `notes`.
+    """
+    for name, label in {"k": "key", "v": "value", "q": "query"}.items():
+        if name in plan.memories:
+            note(label, getattr(lesson, label))
+            if name != "v":
+                note(label + "_scale", getattr(lesson, label + "_scale"))
+    names = ["write", "arrival", "departure", "before", "after", "through"]
+    names += ["forget"] if "alpha" in plan.gates else []
+    names += ["retain", "erase"] if plan.erases == "retained" else []
+    for name in names:
+        note(name, getattr(lesson, name))
+    if lesson.restore is not None:
+        note("inherit", lesson.inherit)
+        note("restore", lesson.restore)
+    note("pull", _settled(plan, lesson, lesson.after * lesson.key))
+    for name in plan.names:
+        target, scale, delta = teach(plan, lesson, place, memories, name)
+        note("delta_" + name, delta)
+        if plan.targets == "self":
+            note("target_" + name, target)
+        if scale is not None and name != "gates":
+            note("scale_" + name, scale)
+        if name == "memory":
+            _unread(plan, lesson, place, memories, delta, _round(plan, dy), note)
+
+
+def _settled(plan, lesson, ddelta):
+    """The gradient of writes from that of what tokens added: all erasing undone."""
+    if plan.erases == "nothing":
+        return ddelta
+    return _dot(plan, lesson.inverse, ddelta, 0, 0)
+
+
+def _unread(plan, lesson, place, memories, delta, dy, note):
+    """Undoes the read."""
     query, name = lesson.query, "memory"
     if plan.read == "chunk":
-        return _dot(plan, query, lesson.held[name], 1, 1)
-    carry, weights = _reach(plan, lesson)
-    shares = weights * _dot(plan, query, lesson.key, 1, 1)
-    y = carry * _dot(plan, query, lesson.start[name], 1, 1)
+        note("dquery", _unconsult(plan, place, memories, name, dy))
+        return
+    before, inherit, weights = _reach(plan, lesson)
+    note("dstate", _dot(plan, before * dy, query, 0, 0))
+    dquery = before * _dot(plan, dy, memories.state(name))
+    if inherit is not None:
+        dquery += inherit * _dot(plan, dy, memories.origin(name))
+        note("weight", inherit)
+    decayed = jnp.sum(dquery * query, 1, keepdims=True)
     if plan.anchor:
-        y += _dot(plan, query, origins[name], 1, 1)
-    return y + _dot(plan, shares, lesson.delta[name])
+        dquery += _dot(plan, dy, memories.origin(name))
+
+    shares = weights * _dot(plan, query, lesson.key, 1, 1)
+    dshares = _dot(plan, dy, delta, 1, 1)
+    row, column = _grid(plan.chunk)
+    spans = jnp.where(row > column, dshares * shares, 0)
+    dlog = _undecay(plan, place, decayed, None, None, spans)
+    if plan.read == "current":
+        dlog += decayed + jnp.sum(spans, 1, keepdims=True)
+    note("dlog", dlog)
+    doverlap = _round(plan, dshares * weights)
+    note("dquery", dquery + _dot(plan, doverlap, lesson.key))
+    note("dkey", _dot(plan, doverlap, query, 0, 0))
+    note("ddelta", _settled(plan, lesson, _dot(plan, shares, dy, 0, 0)))
 
 
-class Slopes(NamedTuple):
-    """The gradients of a chunk.
+def push_back(plan: Plan, notes: Values, key: Array, after: Array) -> Array:
+    """Hands the gradient of the only state through a chunk in which nothing is consulted.
+
+    Args:
+      plan: What was computed.
+      notes: What `prepare` noted.
+      key: Keys.
+      after: The gradient of the state after the chunk.
+
+    Returns:
+      The gradient of the state before it.
+    """
+    state = notes["through"] * after + notes["dstate"]
+    if plan.erases == "nothing":
+        return state
+    owed = _owed(plan, notes, "memory", after)
+    return state - _dot(plan, notes["before"] * _erase(plan, notes) * owed, key, 0, 0)
+
+
+class Ledger(NamedTuple):
+    """Where `unlearn` reads and writes gradients of matrices, as functions of a memory's name.
 
     Attributes:
-      tokens: Of what the tokens brought, by name.
-      states: Of the states at the chunk's start, by way of the recurrence alone.
-      held: Of the matrices that tokens project with.
-      origins: Of the origins, beside what `held` hands on; None without an anchor.
-      bias: Of the gates' bias, None without gates that learn.
+      after: Reads the gradient of the state after the chunk.
+      before: Takes the gradient of the state at the chunk's start by way of the recurrence, and
+        that of what tokens held (None if nothing is consulted).
+      origin: Takes what the gradient of the origin gains; None without origins.
+      shelve: Puts rows aside under a name.
+      fetch: Reads them again.
     """
 
-    tokens: Values
-    states: Values
-    held: Values
-    origins: Values | None
-    bias: Array | None
+    after: Callable[[str], Array]
+    before: Callable[[str, Array, Array | None], None]
+    origin: Callable[[str, Array], None] | None
+    shelve: Callable[[str, Array], None]
+    fetch: Callable[[str], Array]
 
 
 def unlearn(
     plan: Plan,
     tokens: Values,
-    live: Bool[Array, "C 1"] | None,
-    states: Values,
-    origins: Values | None,
-    lesson: Lesson,
-    dy: Float[Array, "C V"],
-    after: Values,
-) -> Slopes:
+    notes: Values,
+    place: Place | None,
+    memories: Memories,
+    ledger: Ledger,
+    dy: Float[Array, "C V"] | None,
+) -> Values:
     """Hands gradients back through a chunk.
 
     Args:
       plan: What was computed.
-      tokens: As for `learn`.
-      live: As for `learn`.
-      states: As for `learn`.
-      origins: As for `learn`.
-      lesson: What `learn` returned.
-      dy: The gradient of what was read, zero for tokens that are not live.
-      after: The gradients of the states after the chunk.
+      tokens: As for `attend`.
+      notes: What `prepare` noted.
+      place: Where documents lie.
+      memories: The memories.
+      ledger: Where gradients of matrices go.
+      dy: The gradient of what was read; None unless the chunk's start is read.
 
     Returns:
-      The gradients of everything before it.
+      The gradients of the tokens but for queries that came with them, which `prepare` noted; and
+      of the gates' bias under "bias" if gates learn.
     """
-    square = jnp.zeros((plan.chunk, plan.chunk), jnp.float32)
-    slope = _Slope(
-        dk=0, dv=0, dq=0, dwrite=0, derase=0, dbefore=0, dafter=0, dthrough=0,
-        dlower=0, decayed=square, dcurrent=None, held=dict.fromkeys(plan.names, 0),
-        states={}, origins=dict.fromkeys(plan.names, 0) if plan.anchor else None,
-    )  # fmt: skip
-    teach(plan, lesson, "memory", origins)
-    from_read = _unread(plan, slope, lesson, origins, _round(plan, dy))
-    for name in ("memory", *(name for name in plan.names if name != "memory")):
-        if name != "memory":
-            teach(plan, lesson, name, origins)
-        extra = from_read if name == "memory" else None
-        _unteach(plan, slope, lesson, name, states, origins, after[name], extra)
+    labels = {"k": "key", "v": "value", "q": "query"}
+    said = {n: notes[x] if x in notes else tokens.get(n) for n, x in labels.items()}
+    key = said["k"]
+    dwrite = 0
+    for name in plan.names:
+        owed = _owed(plan, notes, name, ledger.after(name))
+        ledger.shelve("owed_" + name, owed)
+        _untarget(plan, notes, ledger, name, said, owed)
+        along = notes["delta_" + name] if plan.steps else _target(plan, notes, name, said)
+        if not plan.steps:
+            along = _error(plan, place, memories, name, key, along)
+        dwrite += jnp.sum(owed * along, 1, keepdims=True)
+    dkey, dafter, dthrough = _undo_push(plan, notes, memories, ledger, key)
+    derase = dbefore = spans = None
     if plan.erases != "nothing":
-        row, column = _grid(plan.chunk)
-        dlower = jnp.where(row > column, slope.dlower, 0)
-        slope.derase += jnp.sum(dlower * lesson.overlap, 1, keepdims=True)
-        dlower = lesson.erase * dlower
-        slope.decayed += dlower * lesson.overlap
-        dlower = _round(plan, dlower * lesson.decay)
-        slope.dk += _dot(plan, dlower, lesson.key) + _dot(plan, dlower, lesson.key, 0, 0)
-    return _unproject(plan, slope, tokens, live, lesson)
+        more, derase, dbefore, spans = _undo_erasing(plan, notes, place, memories, ledger, key)
+        dkey += more
+    dlog = _undecay(plan, place, dbefore, dafter, dthrough, spans)
+    if "dlog" in notes:
+        dlog += notes["dlog"]
+    if plan.erases == "state" and not plan.steps:
+        dwrite += derase
+    elif plan.erases == "retained":
+        dwrite += derase * notes["retain"]
+        dlog += derase * _erase(plan, notes)
+    if place is not None:
+        dlog, dwrite = jnp.where(place.live, dlog, 0), jnp.where(place.live, dwrite, 0)
+
+    more, dvalue = _undo_errors(plan, notes, place, memories, ledger)
+    slopes = {"k": dkey + more, "v": dvalue}
+    dtokens, asked = _unproject(plan, tokens, notes, place, memories, said, slopes, dwrite, dlog)
+    if dy is not None:
+        asked["memory"] = [(dy, said["q"])]
+    for name in plan.names:
+        pairs = asked.get(name, [])
+        if plan.targets == "self":
+            pairs = [*pairs, (ledger.fetch("dtarget_" + name), said["v"])]
+        if plan.objective == "l2":
+            pairs = [*pairs, (-notes["write"] * ledger.fetch("owed_" + name), key)]
+        _settle(plan, notes, place, ledger, name, key, pairs)
+    return dtokens
 
 
-class _Slope:
-    """Gradients under way; sums grow as the lesson is undone."""
+def _owed(plan, notes, name, after):
+    """The gradient of each token's write, from that of the last state and of what was read."""
+    owed = _dot(plan, notes["pull"], after, 1, 1)
+    return owed + notes["ddelta"] if name == "memory" and "ddelta" in notes else owed
 
-    def __init__(self, **sums):
-        self.__dict__.update(sums)
+
+def _erase(plan, notes):
+    return notes["erase"] if plan.erases == "retained" else notes["write"]
+
+
+def _target(plan, notes, name, said):
+    if plan.targets == "self":
+        return notes["target_" + name].astype(jnp.float32)
+    target = said["v"].astype(jnp.float32)
+    return target * notes["scale_" + name] if plan.normalize else target
+
+
+def _untarget(plan, notes, ledger, name, said, owed):
+    """Undoes the scale of one memory's targets."""
+    dtarget = notes["write"] * owed
+    if plan.normalize:
+        target = _target(plan, notes, name, said)
+        if name == "gates":
+            rest = 1 - target * target
+            dtarget = dtarget * rest * jnp.sqrt(rest)
+        else:
+            dtarget -= target * jnp.sum(dtarget * target, 1, keepdims=True)
+            dtarget *= notes["scale_" + name]
+    ledger.shelve("dtarget_" + name, dtarget)
+
+
+def _undo_push(plan, notes, memories, ledger, key):
+    """Undoes that the last state is made of the first one and of what tokens added."""
+
+    def total(x):
+        return jnp.sum(jnp.sum(x, 1, keepdims=True), 0, keepdims=True)
+
+    pushed, dthrough, drestore = 0, 0, 0
+    for name in plan.names:
+        after = ledger.after(name)
+        pushed += _dot(plan, notes["delta_" + name], after)
+        dthrough += total(after * memories.state(name).astype(jnp.float32))
+        if "restore" in notes:
+            drestore += total(after * memories.origin(name).astype(jnp.float32))
+    pushed = notes["after"] * pushed
+    dafter = jnp.sum(key * pushed, 1, keepdims=True)
+    dthrough *= notes["through"]
+    if "restore" in notes:
+        dthrough += drestore * notes["restore"]
+    return (pushed + notes["dkey"] if "dkey" in notes else pushed), dafter, dthrough
+
+
+def _undo_erasing(plan, notes, place, memories, ledger, key):
+    """Undoes what tokens found under their keys, and the solve.
+
+    Returns:
+      The gradients of keys, of the erase gate, and of the logarithms of `before` (and `inherit`,
+      if it decays) and of `decay`.
+    """
+    erase = _erase(plan, notes)
+    decaying, resting, pairs = 0, 0, 0
+    for name in plan.names:
+        owed = ledger.fetch("owed_" + name)
+        decaying += _dot(plan, notes["before"] * owed, memories.state(name))
+        if plan.anchor:
+            resting += _dot(plan, owed, memories.origin(name))
+        elif "inherit" in notes:
+            decaying += _dot(plan, notes["inherit"] * owed, memories.origin(name))
+        pairs += _dot(plan, owed, notes["delta_" + name], 1, 1)
+    pairs *= _decay(plan, place, notes["arrival"], notes["departure"])
+    spans = pairs * _dot(plan, key, key, 1, 1)
+    came = jnp.sum(key * decaying, 1, keepdims=True)
+    found = jnp.sum(key * (decaying + resting), 1, keepdims=True)
+    derase = -found - jnp.sum(spans, 1, keepdims=True)
+    dkey = -erase * (decaying + resting + _dot(plan, pairs, key))
+    dkey -= _dot(plan, erase * pairs, key, 0, 0)
+    return dkey, derase, -erase * came, -erase * spans
+
+
+def _undecay(plan, place, dbefore, dafter, dthrough, spans):
+    """The gradient of the logarithm of each token's retention, from all the products it is in.
+
+    Only the products that it is in are summed: where it is nearly zero they are, too, and the
+    difference of two large sums would not be.
+    """
+    row, column = _grid(plan.chunk)
+    later, earlier = row < column, row > column
+    if place is not None:
+        same = place.number == place.number.T
+        later, earlier = later & same, earlier & same
+    within = 0
+    if dbefore is not None:
+        within += jnp.where(later, dbefore.T, 0)
+    if dafter is not None:
+        within += jnp.where(earlier, dafter.T, 0)
+    if spans is not None:
+        spans = _dot(plan, jnp.where(row < column, 1.0, 0.0), spans)
+        within += jnp.where(row > column, spans, 0)
+    dlog = jnp.sum(within, 1, keepdims=True)
+    if place is not None and dthrough is not None:
+        dthrough = jnp.where(place.number == place.last, dthrough, 0)
+    return dlog if dthrough is None else dlog + dthrough
+
+
+def _undo_errors(plan, notes, place, memories, ledger):
+    """Undoes targets and errors; returns what keys gain, and the gradient of values."""
+    dkey, dvalue = 0, 0
+    for name in plan.names:
+        dtarget = ledger.fetch("dtarget_" + name)
+        if plan.targets == "self":
+            dtarget = _unconsult(plan, place, memories, name, dtarget)
+        dvalue += dtarget
+        if plan.objective == "l2":
+            derror = notes["write"] * ledger.fetch("owed_" + name)
+            dkey -= _unconsult(plan, place, memories, name, derror)
+    return dkey, dvalue
+
+
+def _unproject(plan, tokens, notes, place, memories, said, slopes, dwrite, dlog):
+    """Undoes gates and projections; also returns with what each memory was asked by tokens."""
+    x, dx, dtokens, asked = tokens.get("x"), 0, {}, {}
+    labels = {"k": "key", "v": "value", "q": "query"}
+    if "q" in plan.memories:
+        slopes = slopes | {"q": notes["dquery"].astype(jnp.float32)}
+    for name, slope in slopes.items():
+        if name not in plan.memories:
+            dtokens[name] = slope
+            continue
+        if name != "v":
+            unit = said[name]
+            slope -= unit * jnp.sum(slope * unit, 1, keepdims=True)
+            slope *= notes[labels[name] + "_scale"]
+        slope = _round(plan, slope)
+        dx += _unconsult(plan, place, memories, name, slope)
+        asked[name] = [(slope, x)]
+    if plan.gates:
+        dstep = dwrite if plan.steps else notes["write"] * dwrite
+        dlogits = _ungate(plan, notes, dstep, dlog)
+        dtokens["bias"] = jnp.sum(dlogits, 0, keepdims=True)
+        dx += _unconsult(plan, place, memories, "gates", dlogits)
+        asked["gates"] = [(dlogits, x)]
+    if "eta" not in plan.gates:
+        dtokens["eta"] = dwrite
+    if "alpha" not in plan.gates:
+        dtokens["alpha"] = dlog / jnp.maximum(tokens["alpha"], SMALLEST)
+    if x is not None:
+        dtokens["x"] = dx
+    return dtokens, asked
+
+
+def _ungate(plan, notes, dstep, dlog):
+    """Undoes the sigmoids of the gates that are memories."""
+    column = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, GATE_ROWS), 1)
+    dlogits = jnp.zeros((plan.chunk, GATE_ROWS), jnp.float32)
+    if "eta" in plan.gates:
+        dlogit = dstep * (1 - notes["write"] / plan.write_max)
+        dlogits = jnp.where(column == 0, dlogit, dlogits)
+    if "alpha" in plan.gates:
+        dlogits = jnp.where(column == 1, dlog * notes["forget"], dlogits)
+    return dlogits
+
+
+def _settle(plan, notes, place, ledger, name, key, pairs):
+    """Sums up the gradients of one memory's matrices; `pairs` are (gradient, rows) it was asked."""
+    state = notes["through"] * ledger.after(name)
+    if name == "memory" and "dstate" in notes:
+        state += notes["dstate"]
+    held = fresh = origin = None
+    for dy, rows in pairs:
+        if place is None:
+            held = _plus(held, _dot(plan, dy, rows, 0, 0))
+        else:
+            held = _plus(held, _dot(plan, jnp.where(place.open, dy, 0), rows, 0, 0))
+            fresh = _plus(fresh, _dot(plan, jnp.where(place.open, 0, dy), rows, 0, 0))
+    if plan.anchor and held is not None:
+        origin = held
+    if fresh is not None:
+        origin = _plus(origin, fresh)
+    if plan.erases != "nothing":
+        owed = -_erase(plan, notes) * ledger.fetch("owed_" + name)
+        state += _dot(plan, notes["before"] * owed, key, 0, 0)
+        if plan.anchor:
+            origin = _plus(origin, _dot(plan, owed, key, 0, 0))
+        elif "inherit" in notes:
+            origin = _plus(origin, _dot(plan, notes["inherit"] * owed, key, 0, 0))
+    if "restore" in notes:
+        origin = _plus(origin, notes["restore"] * ledger.after(name))
+    if ledger.origin is not None and origin is not None:
+        ledger.origin(name, origin)
+    ledger.before(name, state, held)
+
+
+def _plus(sum_, x):
+    return x if sum_ is None else sum_ + x
+
+
+def _unconsult(plan, place, memories, name, dy):
+    """The gradient of the rows with which a memory was consulted."""
+    if place is None:
+        return _dot(plan, dy, memories.held(name))
+    drows = _dot(plan, jnp.where(place.open, dy, 0), memories.held(name))
+    if memories.origin is not None:
+        drows += _dot(plan, jnp.where(place.open, 0, dy), memories.origin(name))
+    return drows
 
 
 def _dot(plan, a, b, left=1, right=0):
@@ -293,38 +715,47 @@ def _grid(size):
     return row, jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
 
 
-def _project(plan, name, x, tokens, matrices):
+def _project(plan, name, tokens, place, memories):
     """A unit key or query from its memory, or the one that came with the tokens."""
     if name not in plan.memories:
         return tokens[name], None
-    raw = _dot(plan, x, matrices[name], 1, 1)
+    raw = consult(plan, place, memories, name, tokens["x"])
     scale = jax.lax.rsqrt(jnp.sum(raw * raw, 1, keepdims=True) + 1e-6)
     return raw * scale, scale
 
 
-def _gates(plan, x, tokens, matrices, bias, live):
-    """The write gate, the retention gate and the logarithm of that."""
+def _gates(plan, tokens, place, memories, bias):
+    """The write gate, the retention gate, one minus that (None if given), its logarithm."""
     if plan.gates:
-        logits = _dot(plan, x, matrices["gates"], 1, 1) + bias
+        logits = consult(plan, place, memories, "gates", tokens["x"]) + bias
     if "eta" in plan.gates:
         write = plan.write_max * jax.nn.sigmoid(_column(logits, 0))
     else:
         write = tokens["eta"]
     if "alpha" in plan.gates:
         logit = _column(logits, 1)
-        alpha = jax.nn.sigmoid(logit)
+        retain, forget = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
         log_retain = jnp.minimum(logit, 0) - jnp.log1p(jnp.exp(-jnp.abs(logit)))
     else:
-        alpha = jnp.maximum(tokens["alpha"], SMALLEST)
-        log_retain = jnp.log(alpha)
-    if live is None:
-        return write, alpha, log_retain
-    return jnp.where(live, write, 0), alpha, jnp.where(live, log_retain, 0)
+        retain, forget = jnp.maximum(tokens["alpha"], SMALLEST), None
+        log_retain = jnp.log(retain)
+    if place is not None:
+        write, log_retain = (jnp.where(place.live, gate, 0) for gate in (write, log_retain))
+    return write, retain, forget, log_retain
 
 
 def _column(matrix, index):
     column = jax.lax.broadcasted_iota(jnp.int32, matrix.shape, 1)
     return jnp.sum(jnp.where(column == index, matrix, 0), 1, keepdims=True)
+
+
+def _decay(plan, place, arrival, departure):
+    """What is left of the write of token s (column) when token t (row) arrives."""
+    row, column = _grid(plan.chunk)
+    seen = row > column
+    if place is not None:
+        seen = seen & (place.number == place.number.T)
+    return jnp.where(seen, jnp.exp(jnp.where(seen, arrival - departure.T, 0)), 0)
 
 
 def _unit_lower_inverse(plan, lower):
@@ -346,192 +777,28 @@ def _unit_lower_inverse(plan, lower):
     return inverse
 
 
-def teach(plan, lesson, name, origins):
-    """Adds to the lesson what one memory makes of it."""
-    target, scale = lesson.value, None
-    if plan.targets == "self":
-        target = _dot(plan, lesson.value, lesson.held[name], 1, 1)
-        if plan.normalize:
-            scale = _inverse_length(name, target)
-            target = target * scale
-    elif plan.normalize:
-        target = target.astype(jnp.float32)
-        scale = _inverse_length(name, target)
-        target = target * scale
-    if plan.objective == "l2":
-        error = target - _dot(plan, lesson.key, lesson.held[name], 1, 1)
-    else:
-        error = target
-    delta = lesson.write * error
-    if plan.erases != "nothing":
-        found = lesson.before * _dot(plan, lesson.key, lesson.start[name], 1, 1)
-        if plan.anchor:
-            found += _dot(plan, lesson.key, origins[name], 1, 1)
-        delta = _dot(plan, lesson.inverse, delta - lesson.erase * found)
-        lesson.found[name] = found
-    lesson.scale[name], lesson.target[name], lesson.delta[name] = scale, target, delta
+def _error(plan, place, memories, name, key, target):
+    """What a memory's inner objective pulls it to, given its targets."""
+    if plan.objective == "dot":
+        return target
+    return target - consult(plan, place, memories, name, key)
 
 
-def _inverse_length(name, target):
-    """What normalizes a target: unit length, and `s / sqrt(1 + s^2)` for the numbers of gates."""
-    square = target * target
-    if name == "gates":
-        return jax.lax.rsqrt(1 + square)
-    return jax.lax.rsqrt(jnp.sum(square, 1, keepdims=True) + 1e-6)
+def _inherited(plan, before, inherit, memories, name, rows):
+    """What tokens find of the chunk's first state and of the origin."""
+    y = before * _dot(plan, rows, memories.state(name), 1, 1)
+    if plan.anchor:
+        return y + _dot(plan, rows, memories.origin(name), 1, 1)
+    if inherit is not None:
+        y += inherit * _dot(plan, rows, memories.origin(name), 1, 1)
+    return y
 
 
 def _reach(plan, lesson):
-    """What a query still finds of the chunk's first state, and of each token's write."""
+    """What a read sees: of the chunk's first state, of the origin, and of earlier writes."""
     if plan.read == "token":
-        return lesson.before, lesson.decay
+        return lesson.before, lesson.inherit, lesson.decay
     row, column = _grid(plan.chunk)
-    own = jnp.exp(lesson.log_retain)
-    return lesson.before * own, jnp.where(row == column, 1, own * lesson.decay)
-
-
-def _unread(plan, slope, lesson, origins, dy):
-    """Undoes the read; returns the gradient of what the tokens added to the memory."""
-    query, name = lesson.query, "memory"
-    if plan.read == "chunk":
-        slope.dq = _dot(plan, dy, lesson.held[name])
-        slope.held[name] = _dot(plan, dy, query, 0, 0)
-        slope.states[name] = 0
-        return None
-    carry, weights = _reach(plan, lesson)
-    overlap = _dot(plan, query, lesson.key, 1, 1)
-    dshares = _dot(plan, dy, lesson.delta[name], 1, 1)
-    doverlap = _round(plan, dshares * weights)
-    back = _dot(plan, dy, lesson.start[name])
-    dcarry = jnp.sum(back * query, 1, keepdims=True)
-    slope.dq = _dot(plan, doverlap, lesson.key) + carry * back
-    slope.dk += _dot(plan, doverlap, query, 0, 0)
-    slope.states[name] = _dot(plan, carry * dy, query, 0, 0)
-    if plan.anchor:
-        slope.dq += _dot(plan, dy, origins[name])
-        slope.origins[name] = _dot(plan, dy, query, 0, 0)
-    shares = weights * overlap
-    if plan.read == "token":
-        slope.dbefore += dcarry
-        slope.decayed += dshares * shares
-    else:
-        slope.dcurrent = dcarry * carry, dshares * shares
-    return _dot(plan, shares, dy, 0, 0)
-
-
-def _unteach(plan, slope, lesson, name, states, origins, after, from_read):
-    """Undoes what one memory learned."""
-    key, delta, after_rounded = lesson.key, lesson.delta[name], _round(plan, after)
-    spread = _dot(plan, key, after_rounded, 1, 1)
-    slope.dafter += jnp.sum(delta * spread, 1, keepdims=True)
-    slope.dk += _dot(plan, lesson.after * delta, after_rounded)
-    slope.dthrough += jnp.sum(jnp.sum(after * states[name], 1, keepdims=True), 0, keepdims=True)
-    dstate = lesson.through * after + slope.states.get(name, 0)
-    ddelta = lesson.after * spread
-    if from_read is not None:
-        ddelta += from_read
-    if plan.erases != "nothing":
-        ddelta = _dot(plan, lesson.inverse, ddelta, 0, 0)
-        slope.dlower -= _dot(plan, ddelta, delta, 1, 1)
-        slope.derase -= jnp.sum(ddelta * lesson.found[name], 1, keepdims=True)
-        dfound = -lesson.erase * ddelta
-        back = _dot(plan, dfound, lesson.start[name])
-        slope.dbefore += jnp.sum(back * key, 1, keepdims=True)
-        slope.dk += lesson.before * back
-        dstate += _dot(plan, lesson.before * dfound, key, 0, 0)
-        if plan.anchor:
-            slope.dk += _dot(plan, dfound, origins[name])
-            slope.origins[name] += _dot(plan, dfound, key, 0, 0)
-    slope.states[name] = dstate
-    _untarget(plan, slope, lesson, name, ddelta)
-
-
-def _untarget(plan, slope, lesson, name, ddelta):
-    """Undoes one memory's targets and errors."""
-    key, target, scale = lesson.key, lesson.target[name], lesson.scale[name]
-    error = target
-    if plan.objective == "l2":
-        error = target - _dot(plan, key, lesson.held[name], 1, 1)
-    slope.dwrite += jnp.sum(ddelta * error, 1, keepdims=True)
-    derror = lesson.write * ddelta
-    if plan.objective == "l2":
-        slope.dk -= _dot(plan, derror, lesson.held[name])
-        slope.held[name] -= _dot(plan, derror, key, 0, 0)
-    if scale is None:
-        dtarget = derror
-    elif name == "gates":
-        dtarget = derror * scale * scale * scale
-    else:
-        dtarget = scale * (derror - target * jnp.sum(derror * target, 1, keepdims=True))
-    if plan.targets == "value":
-        slope.dv += dtarget
-        return
-    dtarget = _round(plan, dtarget)
-    slope.dv += _dot(plan, dtarget, lesson.held[name])
-    slope.held[name] += _dot(plan, dtarget, lesson.value, 0, 0)
-
-
-def _undecay(plan, slope, lesson):
-    """The gradient of the logarithm of each token's retention, from all the products it is in."""
-    row, column = _grid(plan.chunk)
-    spans = _dot(plan, jnp.where(row < column, 1.0, 0.0), slope.decayed)
-    later = (slope.dbefore * lesson.before).T
-    within = jnp.where(row < column, later, 0)
-    earlier = spans + (slope.dafter * lesson.after).T
-    if slope.dcurrent is not None:
-        carried, shares = slope.dcurrent
-        within += jnp.where(row <= column, carried.T, 0)
-        earlier += _dot(plan, jnp.where(row <= column, 1.0, 0.0), shares)
-    within += jnp.where(row > column, earlier, 0)
-    return jnp.sum(within, 1, keepdims=True) + slope.dthrough * lesson.through
-
-
-def _unproject(plan, slope, tokens, live, lesson):
-    """Undoes gates and projections."""
-    dlog = _undecay(plan, slope, lesson)
-    if plan.erases == "state":
-        slope.dwrite += slope.derase
-    elif plan.erases == "retained":
-        slope.dwrite += slope.derase * lesson.alpha
-        dlog += slope.derase * lesson.erase
-    if live is not None:
-        dlog = jnp.where(live, dlog, 0)
-        slope.dwrite = jnp.where(live, slope.dwrite, 0)
-
-    x, dx, dtokens = tokens.get("x"), 0, {}
-    given = {"k": (slope.dk, lesson.key, lesson.key_scale), "v": (slope.dv, None, None)}
-    given["q"] = (slope.dq, lesson.query, lesson.query_scale)
-    for name, (gradient, unit, scale) in given.items():
-        if name not in plan.memories:
-            dtokens[name] = gradient
-            continue
-        if unit is not None:
-            gradient -= unit * jnp.sum(gradient * unit, 1, keepdims=True)
-            gradient = gradient * scale
-        gradient = _round(plan, gradient)
-        dx += _dot(plan, gradient, lesson.held[name])
-        slope.held[name] += _dot(plan, gradient, x, 0, 0)
-    dbias = None
-    if plan.gates:
-        dlogits = _ungate(plan, slope, lesson, dlog)
-        dbias = jnp.sum(dlogits, 0, keepdims=True)
-        dx += _dot(plan, dlogits, lesson.held["gates"])
-        slope.held["gates"] += _dot(plan, dlogits, x, 0, 0)
-    if "eta" not in plan.gates:
-        dtokens["eta"] = slope.dwrite
-    if "alpha" not in plan.gates:
-        dtokens["alpha"] = dlog / lesson.alpha
-    if x is not None:
-        dtokens["x"] = dx
-    return Slopes(dtokens, slope.states, slope.held, slope.origins, dbias)
-
-
-def _ungate(plan, slope, lesson, dlog):
-    """Undoes the sigmoids of the gates that are memories."""
-    column = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, GATE_ROWS), 1)
-    dlogits = jnp.zeros((plan.chunk, GATE_ROWS), jnp.float32)
-    if "eta" in plan.gates:
-        dlogit = slope.dwrite * lesson.write * (1 - lesson.write / plan.write_max)
-        dlogits = jnp.where(column == 0, dlogit, dlogits)
-    if "alpha" in plan.gates:
-        dlogits = jnp.where(column == 1, dlog * (1 - lesson.alpha), dlogits)
-    return dlogits
+    own = jnp.exp(lesson.departure - lesson.arrival)
+    inherit = None if lesson.inherit is None else own * lesson.inherit
+    return own * lesson.before, inherit, jnp.where(row == column, 1, own * lesson.decay)
