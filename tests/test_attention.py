@@ -8,7 +8,9 @@ import pytest
 from hope_jax.ops import attention
 from hope_jax.ops.attention import rotary_angles
 
-sliding_attention = jax.jit(attention.sliding_attention, static_argnames=("window", "rotary_base"))
+sliding_attention = jax.jit(
+    attention.sliding_attention, static_argnames=("window", "rotary_base", "block")
+)
 
 
 def draw(time, heads=4, groups=2, width=6, seed=0):
@@ -38,23 +40,24 @@ def by_definition(q, k, v, starts, window, base):
     return y
 
 
+@pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("window", [1, 5, 64])
 @pytest.mark.parametrize("with_starts", [False, True])
-def test_attention_is_what_its_definition_says(window, with_starts):
+def test_attention_is_what_its_definition_says(window, with_starts, block):
     q, k, v = draw(13)
     starts = np.zeros((2, 13), bool)
     if with_starts:
         starts[0, 4], starts[1, [7, 8]] = True, True
-    y, _ = sliding_attention(
-        q, k, v, None, jnp.asarray(starts) if with_starts else None, window=window, rotary_base=50.0
-    )
+    starting = jnp.asarray(starts) if with_starts else None
+    y, _ = sliding_attention(q, k, v, None, starting, window=window, rotary_base=50.0, block=block)
     expected = by_definition(q, k, v, starts, window, 50.0)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("block", [None, 4])
 @pytest.mark.parametrize("parts", [(13,), (1, 12), (6, 7), (2, 9, 1, 1)], ids=str)
 @pytest.mark.parametrize("window", [1, 5, 64])
-def test_a_ring_of_keys_remembers_the_window(window, parts):
+def test_a_ring_of_keys_remembers_the_window(window, parts, block):
     q, k, v = draw(13)
     starts = jnp.zeros((2, 13), bool).at[0, 4].set(True)
     whole, end = sliding_attention(q, k, v, None, starts, window=window)
@@ -62,13 +65,47 @@ def test_a_ring_of_keys_remembers_the_window(window, parts):
     for part in parts:
         cut = slice(at, at + part)
         y, memory = sliding_attention(
-            q[:, cut], k[:, cut], v[:, cut], memory, starts[:, cut], window=window
+            q[:, cut], k[:, cut], v[:, cut], memory, starts[:, cut], window=window, block=block
         )
         pieces.append(y)
         at += part
     np.testing.assert_allclose(jnp.concatenate(pieces, 1), whole, rtol=1e-5, atol=1e-5)
     for again, once in zip(memory, end, strict=True):
         np.testing.assert_allclose(again, once, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_blocks_of_queries_have_the_gradient_of_all_at_once(carried):
+    q, k, v = draw(13)
+    starts = jnp.zeros((2, 13), bool).at[0, 7].set(True)
+    memory = sliding_attention(q, k, v, window=6)[1] if carried else None
+
+    def loss(q, k, v, memory, block):
+        y, memory = sliding_attention(q, k, v, memory, starts, window=6, block=block)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(memory.keys * memory.values)
+
+    once, blocks = (
+        jax.grad(loss, argnums=(0, 1, 2, 3), allow_int=True)(q, k, v, memory, block)
+        for block in (None, 4)
+    )
+    for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(blocks), strict=True):
+        if a.dtype == q.dtype:
+            np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_memory_grows_with_the_text_and_not_with_its_square(documents):
+    def bytes_used(time):
+        def loss(q, k, v, starts):
+            starts = starts if documents else None
+            return jnp.sum(sliding_attention(q, k, v, None, starts, window=time)[0])
+
+        shapes = [jax.ShapeDtypeStruct((1, time, 1, 8), jnp.float32)] * 3
+        starts = jax.ShapeDtypeStruct((1, time), bool)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*shapes, starts).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_used(16384) < 2.5 * bytes_used(8192)
 
 
 def test_angles_stay_exact_ten_million_tokens_away():

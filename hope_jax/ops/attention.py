@@ -1,6 +1,7 @@
 """Softmax attention over the last `window` tokens, with a ring of keys and values as memory."""
 
 from collections.abc import Callable
+from functools import partial
 from math import tau
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,11 @@ Frequencies = Float[np.ndarray, " half_width"]
 """Radians by which each pair of features turns from one token to the next, in float64."""
 
 _DIGIT = 4096
+_SCORES = 4096 * 4096
+"""Scores of a row and head up to which all queries are taken at once."""
+
+_BLOCK = 1024
+"""Queries that are taken at once where there are more scores."""
 
 
 class AttentionMemory(NamedTuple):
@@ -89,10 +95,14 @@ def sliding_attention(
     window: int,
     rotary_base: float = 10_000.0,
     rotary_scaling: Callable[[Frequencies], Frequencies] | None = None,
+    block: int | None = None,
 ) -> tuple[Float[Array, "B T H K"], AttentionMemory]:
     """Reads the last `window` tokens of the same document, the current one included.
 
     Costs `4 H K min(T, window)` FLOPs a token. G divides H: heads in a group share keys and values.
+    Where T is long, memory is linear in it: blocks of queries take turns, and their scores are
+    computed again in the backward pass. (A fused kernel, where there is one for texts without
+    documents, does the same by itself.)
 
     Args:
       q: Queries, before rotation.
@@ -103,6 +113,8 @@ def sliding_attention(
       window: How many tokens a token sees.
       rotary_base: The longest wavelength of the rotary embedding, over 2 pi.
       rotary_scaling: What becomes of its frequencies; None leaves them.
+      block: Queries that are taken at once. None takes all, or 1,024 where these would have more
+        than 4,096 x 4,096 scores in a row and head and no fused kernel is there for them.
 
     Returns:
       What each token read, and the memory after the last token.
@@ -121,8 +133,18 @@ def sliding_attention(
     if fresh:
         memory = empty_memory(q.shape[0], window, k.shape[2], k.shape[3], k.dtype)
     after = _remember(memory, k, v, begin[:, -1], window)
-    if fresh and starts is None:
+    before = 0 if fresh or time == 1 else window
+    small = time * (before + time) <= _SCORES
+    if fresh and starts is None and block is None and (small or _implementation(q)):
         return _causal(q, k, v, window), after
+    block = block or (time if small else _BLOCK)
+    if block < time:
+        if not fresh:
+            oldest = -(memory.position % window)
+            k = jnp.concatenate([jnp.roll(memory.keys, oldest, axis=1), k], axis=1)
+            v = jnp.concatenate([jnp.roll(memory.values, oldest, axis=1), v], axis=1)
+        begin = begin - (position - before)
+        return _in_blocks(q, k, v, begin, window=window, block=block), after
 
     if fresh:
         seen_k, seen_v, seen_at = k, v, positions
@@ -158,6 +180,42 @@ def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask[:, None], implementation=_implementation(q)
     )
+
+
+def _in_blocks(
+    q: Array, k: Array, v: Array, begin: Int[Array, "B T"], *, window: int, block: int
+) -> Array:
+    """Attention of one block of queries after the other.
+
+    Args:
+      q: Queries, at the positions of the last keys.
+      k: Keys in the order of their positions.
+      v: Values.
+      begin: Where each query's document begins among the keys.
+      window: How many keys a query sees.
+      block: Queries in a block.
+    """
+    batch, time = q.shape[:2]
+    count, before = -(-time // block), k.shape[1] - time
+    reach = min(k.shape[1], window - 1 + block)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, count * block - time)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, block, *x.shape[2:]), 1, 0)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def read(one: tuple[Array, Array, Array]) -> Array:
+        index, q, begin = one
+        first = before + index * block
+        start = jnp.clip(first - window + 1, 0, k.shape[1] - reach)
+        query, key = first + jnp.arange(block), start + jnp.arange(reach)
+        seen = (key <= query[:, None]) & (key > query[:, None] - window)
+        near_k = jax.lax.dynamic_slice_in_dim(k, start, reach, axis=1)
+        near_v = jax.lax.dynamic_slice_in_dim(v, start, reach, axis=1)
+        return _attend(q, near_k, near_v, seen & (key >= begin[:, :, None]))
+
+    y = jnp.moveaxis(jax.lax.map(read, (jnp.arange(count), cut(q), cut(begin))), 0, 1)
+    return y.reshape(batch, count * block, *y.shape[3:])[:, :time]
 
 
 def _document_begin(
