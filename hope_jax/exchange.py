@@ -53,7 +53,6 @@ def bring_in(source: Path, folder: Path, overrides: Sequence[str]) -> Experiment
       ConfigError: A file is missing, damaged or of another model, a setting is wrong, or the folder
         holds a run.
     """
-    folder = folder.absolute()
     if steps(folder / "checkpoints"):
         raise ConfigError(f"{folder} must not hold a run, got one with checkpoints")
     names = tuple(f"{name}=" for name in asdict(Stacking()))
@@ -68,7 +67,7 @@ def bring_in(source: Path, folder: Path, overrides: Sequence[str]) -> Experiment
                 tokenizer=SentencePieceConfig(
                     vocabulary=tokenizer.vocabulary, model=str(folder / PIECES)
                 ),
-                window=min(model.mixer.window, WINDOW),
+                window=min(model.mixer.window, WINDOW),  # pyrefly: ignore[missing-attribute]
             ),
             training=TrainingConfig(folder=str(folder.parent)),
             name=folder.name,

@@ -14,6 +14,7 @@ from llama_fixtures import FOLDER, LLAMAS, TOKENS, build, logits
 from safetensors.numpy import load_file, save_file
 from small_models import MODELS
 
+from hope_jax import __main__ as command_line
 from hope_jax import config, exchange, runs, sharding
 from hope_jax.data.tokenizer import SentencePieceConfig
 from hope_jax.models import pretrained
@@ -271,10 +272,12 @@ def published(tmp_path):
 def test_an_imported_run_is_evaluated_trained_and_published(published, tmp_path, capsys):
     run = tmp_path / "runs" / "mine"
     settings = ["levels=2", "data.window=16", "data.batch=8", "model.dtype=float32"]
-    exchange.bring_in(published, run, settings)
-    with pytest.raises(config.ConfigError, match="must not hold a run"):
-        exchange.bring_in(published, run, [])
-    exchange.bring_out(run, tmp_path / "same", ["dtype=bfloat16"])
+    assert command_line.main(["import", str(published), str(run), *settings]) == 0
+    assert "levels: 2" in capsys.readouterr().out
+    assert command_line.main(["import", str(published), str(run)]) == 2
+    assert "must not hold a run" in capsys.readouterr().err
+    out = str(tmp_path / "same")
+    assert command_line.main(["export", str(run), out, "dtype=bfloat16"]) == 0
     assert tensors(tmp_path / "same") == tensors(published)
     assert {path.name for path in published.iterdir()} == {
         path.name for path in (tmp_path / "same").iterdir()
