@@ -165,6 +165,7 @@ def subject(run: Run, model: Decoder) -> Subject:
         stream=stream,
         window=settings.window,
         isolate=settings.isolate_documents,
+        folder=run.folder / "eval",
     )
 
 

@@ -34,7 +34,7 @@ WORLD = {
     "optimizers": "optax numpy safetensors",
     "training": "flax numpy optax orbax tqdm matplotlib tensorboardX wandb",
     "models": "flax numpy safetensors",
-    "evaluation": "flax numpy tqdm",
+    "evaluation": "flax numpy tqdm matplotlib",
     "config": "yaml pydantic",
     "comparison": "flax numpy optax matplotlib tqdm",
 }

@@ -1,11 +1,15 @@
 """What can be asked of a trained model: one frozen dataclass for each task, listed in `TASKS`."""
 
+from hope_jax.evaluation.memory import Memory
 from hope_jax.evaluation.perplexity import Perplexity
+from hope_jax.evaluation.read import Read
 from hope_jax.evaluation.sample import Sample
 from hope_jax.evaluation.subject import Task
 
 TASKS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
     "sample": Sample,
+    "read": Read,
+    "memory": Memory,
 }
 """Name on the command line -> task."""

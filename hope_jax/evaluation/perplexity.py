@@ -10,7 +10,14 @@ import numpy as np
 from hope_jax.data.packing import Piece, SplitInfo
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.evaluation.score import Total, lanes, total, whole_rows, windows
-from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
+from hope_jax.evaluation.subject import (
+    Results,
+    Subject,
+    TaskError,
+    encode,
+    read_text,
+    recall,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,8 @@ class Perplexity:
       context: "window" reads each window of the training length with fresh memory; "stream" reads
         on with the memory of the text before, as far as the document reaches.
       file: A UTF-8 text of one's own to read as one document instead of a split.
+      memory: A file that `read` left: the text goes on from there, each window with "window", and
+        documents in it follow one another.
       batch: Rows that are read side by side; devices may add some. With "stream", rows begin where
         documents do; data without isolated documents, or of one document, is a single row.
     """
@@ -33,6 +42,7 @@ class Perplexity:
     split: Literal["train", "valid", "test"] = "valid"
     context: Literal["window", "stream"] = "window"
     file: str | None = None
+    memory: str | None = None
     batch: int = 8
 
     def __post_init__(self):
@@ -49,13 +59,17 @@ class Perplexity:
         if tokens < 2:
             raise TaskError(f"a text must hold at least 1 token to foretell, {name} holds 0")
         carry = self.context == "stream"
-        if not carry:
-            plan = windows(tokens, window=subject.window, rows=whole_rows(self.batch))
-        else:
-            rows = whole_rows(self.batch) if subject.isolate else 1
-            plan = lanes(stream, window=subject.window, rows=rows)
+        isolate = subject.isolate and self.memory is None
+        rows = whole_rows(self.batch) if isolate or not carry else 1
+        cut = lanes(stream, window=subject.window, rows=rows) if carry else None
         cost = total(
-            subject.model, stream, plan, carry=carry, isolate=subject.isolate, track=subject.track
+            subject.model,
+            stream,
+            cut or windows(tokens, window=subject.window, rows=rows),
+            carry=carry,
+            isolate=isolate,
+            memory=None if self.memory is None else recall(subject.model, self.memory, rows),
+            track=subject.track,
         )
         return summary(cost, stream.info)
 

@@ -10,10 +10,11 @@ from hope_jax.evaluation.subject import Results
 
 
 def table(results: Results) -> str:
-    """Lays numbers out in a column and puts the texts below."""
+    """Lays numbers out in a column and puts words and texts below."""
     numbers = {name: value for name, value in results.items() if isinstance(value, int | float)}
     width = max(map(len, numbers), default=0)
     lines = [f"{name:<{width}}  {_number(value):>14}" for name, value in numbers.items()]
+    lines += [f"{name}  {value}" for name, value in results.items() if isinstance(value, str)]
     for value in results.values():
         for i, text in enumerate(value if isinstance(value, list) else []):
             lines += [f"--- {i + 1} ---", text]

@@ -6,7 +6,14 @@ from pathlib import Path
 import jax
 
 from hope_jax.data.tokenizer import Tokenizer
-from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
+from hope_jax.evaluation.subject import (
+    Results,
+    Subject,
+    TaskError,
+    encode,
+    read_text,
+    recall,
+)
 from hope_jax.models.decoder import Decoder
 from hope_jax.models.generate import Track, check_sampling, generate
 
@@ -18,6 +25,8 @@ class Sample:
     Attributes:
       prompt: What the text begins with.
       prompt_file: A UTF-8 file that holds the prompt instead.
+      memory: A file that `read` left: the prompt goes on from there, and begins a document only
+        where there is none.
       temperature: See `generate`; 0 takes the likeliest token.
       top_k: Sample among so many likeliest tokens. 0 is no limit.
       top_p: Sample among the likeliest tokens that hold this share of the probability.
@@ -28,6 +37,7 @@ class Sample:
 
     prompt: str | None = None
     prompt_file: str | None = None
+    memory: str | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -70,7 +80,7 @@ class Sample:
         tokens = encode(tokenizer, text, name).tolist()
         if not tokens:
             raise TaskError(_no_token(name, self.prompt_file or text))
-        return [tokenizer.bos, *tokens]
+        return tokens if self.memory is not None else [tokenizer.bos, *tokens]
 
     def _write(
         self, model: Decoder, tokenizer: Tokenizer, prompt: list[int], track: Track = iter
@@ -85,6 +95,7 @@ class Sample:
             top_p=self.top_p,
             stop=tokenizer.bos,
             vocabulary=tokenizer.vocabulary,
+            memory=None if self.memory is None else recall(model, self.memory, self.batch),
             track=track,
         )
 

@@ -66,6 +66,7 @@ def total(
     *,
     carry: bool,
     isolate: bool = True,
+    memory: Memory | None = None,
     track: Track = iter,
 ) -> Total:
     """Scores the rows of a plan; the host looks one batch behind, so that no device waits.
@@ -76,14 +77,18 @@ def total(
       plan: For each batch its rows; see `windows` and `lanes`.
       carry: Whether a row goes on with the memory of the same row of the batch before.
       isolate: Whether a document begins with fresh memory inside a row.
+      memory: What the first batch begins with, and every batch without `carry`; None is fresh.
       track: Passes the batches on.
     """
-    memory, sums = None, Total(0.0, 0.0)
+    before, sums = memory, Total(0.0, 0.0)
+    memory = jax.tree.map(jnp.copy, before)
     width = max(len(row) for rows in plan for row in rows)
     pending = None
     for rows in track(plan):
         tokens, starts, weights = place(read(stream, rows, width=width, isolate=isolate))
-        losses, memory = score(model, Batch(tokens, starts), memory if carry else None)
+        if not carry:
+            memory = jax.tree.map(jnp.copy, before)
+        losses, memory = score(model, Batch(tokens, starts), memory)
         if pending is not None:
             sums = _add(sums, pending)
         pending = jnp.sum(losses * weights), jnp.sum(weights)

@@ -10,8 +10,10 @@ from jaxtyping import Int
 
 from hope_jax.data.packing import Stream
 from hope_jax.data.tokenizer import Tokenizer
-from hope_jax.models.decoder import Decoder
+from hope_jax.models.adapt import repeat, settle
+from hope_jax.models.decoder import Decoder, Memory
 from hope_jax.models.generate import Track
+from hope_jax.models.memory_file import load_memory
 
 Results = dict[str, int | float | str | list[str]]
 """What a task found: numbers by name, and texts that the model wrote."""
@@ -31,6 +33,7 @@ class Subject(NamedTuple):
       window: The tokens that it read at once in training.
       isolate: Whether documents began with fresh memory in training.
       track: Passes steps on and may show how many of them are done.
+      folder: Where reports go that are more than numbers.
     """
 
     model: Decoder
@@ -39,6 +42,7 @@ class Subject(NamedTuple):
     window: int
     isolate: bool = True
     track: Track = iter
+    folder: Path = Path()
 
 
 class Task(Protocol):
@@ -67,6 +71,18 @@ def read_text(path: Path) -> str:
         raise TaskError(f"file {str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TaskError(f"file {str(path)!r} is not UTF-8: {error}") from error
+
+
+def recall(model: Decoder, file: str, rows: int) -> Memory:
+    """Loads a memory that `read` left, for `rows` sequences that all go on from it.
+
+    Raises:
+      TaskError: It cannot be read, is another model's, or of several sequences.
+    """
+    try:
+        return repeat(settle(model, load_memory(file, model)), rows)
+    except ValueError as error:
+        raise TaskError(str(error)) from error
 
 
 def encode(tokenizer: Tokenizer, text: str, name: str) -> Int[np.ndarray, " T"]:

@@ -1,7 +1,6 @@
 """The Continuum Memory System: a chain of feed-forward memories, each with its own pace."""
 
 from dataclasses import dataclass
-from functools import reduce
 from itertools import pairwise
 from math import log, sqrt
 from typing import Any, Literal
@@ -314,7 +313,7 @@ class Level(nnx.Module):
             return held_level(inputs, self._moving(), memory, starts, activation=config.activation)
         return continuum_level(
             inputs,
-            x @ self.view[...].astype(x.dtype),
+            dense(x, self.view[...], self.learns_by),
             self._moving(),
             self.learned_pace(carrier),
             memory,
@@ -351,10 +350,9 @@ class Level(nnx.Module):
         active = activation(hidden[:, :, 0])
         if hidden.shape[2] == 2:
             active = active * hidden[:, :, 1]
-        if self.config.depth == 1:
-            return active
-        layers = self.middle[...].astype(x.dtype)
-        return reduce(lambda active, layer: activation(active @ layer), layers, active)
+        for layer in self.middle[...] if self.config.depth > 1 else ():
+            active = activation(dense(active, layer, self.learns_by))
+        return active
 
     def _recall(self, x: Activations) -> Activations:
         """Reads with the slow weights alone."""
