@@ -330,18 +330,31 @@ def test_only_parameters_are_read_for_an_evaluation(tmp_path):
 
 
 def test_speed_leaves_out_what_was_not_training():
-    now = [0.0]
-    meter = metrics.Meter(lambda: now[0], tokens=100, flops=1e12, peak=1e12)
+    now = [2.0]
+    meter = metrics.Meter(lambda: now[0], tokens=100, flops=1e12, peak=1e12, began=0.0)
     for seconds in (1.0, 3.0):
         now[0] += seconds
         meter.step()
     with meter.pause():
         now[0] += 50
-    assert meter.since_last() == {"seconds": 54.0, "tokens_per_second": 50.0, "mfu": 0.5}
+    first = meter.since_last()
+    assert (first["seconds"], first["tokens_per_second"], first["mfu"]) == (54.0, 50.0, 0.5)
+    assert first["goodput"] == 4 / 56
     assert meter.since_last()["tokens_per_second"] is None, "no step, no speed"
-    now[0] += 1
+    with meter.busy(waits=True):
+        now[0] += 1
     meter.step()
-    assert meter.overall() == {"seconds": 55.0, "tokens_per_second": 60.0, "mfu": 0.6}
+    assert meter.since_last()["input_wait"] == 1.0
+    whole = meter.overall()
+    assert (whole["seconds"], whole["tokens_per_second"], whole["mfu"]) == (55.0, 60.0, 0.6)
+    assert (whole["goodput"], whole["input_wait"]) == (4 / 57, 1 / 3)
+
+
+def test_some_steps_are_traced_if_asked(tmp_path):
+    train(tmp_path, steps=8, profile=2, evaluate_every=0, save_every=0)
+    assert list((tmp_path / "toy" / "profile").rglob("*.xplane.pb"))
+    train(tmp_path, steps=12, profile=100, evaluate_every=0, save_every=0)
+    assert len(list((tmp_path / "toy" / "profile").rglob("*.xplane.pb"))) == 1, "too few steps"
 
 
 @pytest.mark.parametrize(
@@ -359,7 +372,7 @@ def test_the_peak_of_a_device_is_known_by_its_name(kind, peak):
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("steps", 0), ("keep", 0), ("save_every", -1), ("sample_tokens", -1)]
+    ("setting", "value"), [("steps", 0), ("keep", 0), ("save_every", -1), ("profile", -1)]
 )
 def test_settings_of_training_have_bounds(setting, value):
     with pytest.raises(ValueError, match=f"{setting} must be at least .*got {value}"):

@@ -15,10 +15,10 @@ import optax
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from hope_jax import sharding
+from hope_jax import processes, sharding
 from hope_jax.shapes import Batch
 from hope_jax.sharding import MeshConfig
-from hope_jax.training import TrainingConfig, loop
+from hope_jax.training import RunError, TrainingConfig, loop
 from hope_jax.training.step import Outline, outline
 
 VOCABULARY, WINDOW, ROWS = 16, 8, 8
@@ -157,4 +157,11 @@ def train(
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), steps=int(sys.argv[2]), save_every=int(sys.argv[3]))
+    folder, steps, save_every, *distributed = sys.argv[1:]
+    try:
+        processes.join(distributed[0] if distributed else None)
+        train(
+            Path(folder), steps=int(steps), save_every=int(save_every), devices=jax.device_count()
+        )
+    except RunError as error:
+        processes.fail(error, 1)

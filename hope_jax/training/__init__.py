@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 CHANGEABLE = (
     "mesh",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
     "training.steps",
     "training.evaluate_every",
     "training.save_every",
@@ -13,6 +16,7 @@ CHANGEABLE = (
     "training.prompt",
     "training.sample_tokens",
     "training.wandb",
+    "training.profile",
 )
 """Settings that a run may change when it is continued: they leave the steps taken as they were."""
 
@@ -40,6 +44,8 @@ class TrainingConfig:
       prompt: What it begins with; None begins a document.
       folder: Where runs lie; this one lies in the folder of its name there.
       wandb: A Weights & Biases project to report to.
+      profile: Steps to trace with jax's profiler, from the sixth of this start on; 0 for none. The
+        trace lies in the run's folder, for TensorBoard or xprof.
     """
 
     steps: int = 1000
@@ -53,11 +59,12 @@ class TrainingConfig:
     prompt: str | None = None
     folder: str = "runs"
     wandb: str | None = None
+    profile: int = 0
 
     def __post_init__(self):
         for name in ("steps", "accumulate", "log_every", "keep", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "save_every", "sample_tokens"):
+        for name in ("evaluate_every", "save_every", "sample_tokens", "profile"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

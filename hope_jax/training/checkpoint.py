@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from hope_jax.training import together
 from hope_jax.training.step import Params, TrainState
 
 _log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ class Checkpoints:
             reasons = "; ".join(broken.values())
             raise CheckpointError(f"no checkpoint in {self.folder} can be read: {reasons}")
         moved = {_move_aside(path): reason for path, reason in broken.items()}
+        together.wait("after checkpoints were read")
         return Restored(*found, moved) if found else None
 
     def given(self, params: Params) -> Params | None:
@@ -152,6 +154,9 @@ class Checkpoints:
         if saving is None:
             return
         saving.result()
+        together.wait("after a checkpoint was written")
+        if not together.is_first():
+            return
         complete = steps(self.folder)
         _seal(complete[-1])
         for path in set(complete[: -self._keep]) - {_best(complete)}:
@@ -160,6 +165,8 @@ class Checkpoints:
 
     def _sweep(self):
         """Deletes what a save or a deletion left that was not finished."""
+        if not together.is_first():
+            return
         for pattern in (f"*{_DELETED}", "*.orbax-checkpoint-tmp*"):
             for path in self.folder.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
@@ -345,7 +352,8 @@ def _move_aside(path: Path) -> Path:
     folder = path.parent.parent / "broken"
     folder.mkdir(exist_ok=True)
     taken = len(list(folder.glob(f"{path.name}-*")))
-    return path.rename(folder / f"{path.name}-{taken}")
+    aside = folder / f"{path.name}-{taken}"
+    return path.rename(aside) if together.is_first() else aside
 
 
 def _step(path: Path) -> int:

@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hope_jax.shapes import Batch
-from hope_jax.training import RunError, metrics
+from hope_jax.training import RunError, metrics, together
 from hope_jax.training.checkpoint import Checkpoints, steps, what_is_left
 from hope_jax.training.step import (
     Outline,
@@ -72,6 +73,9 @@ class Data(Protocol):
 
 Sample = Callable[[nnx.Module], str]
 
+WARM = 5
+"""Steps after which the profiler's trace begins, if there is one."""
+
 
 def run(
     experiment: Any,
@@ -101,7 +105,7 @@ def run(
 
     Raises:
       RunError: Too many steps were not finite (see `TrainingConfig.patience`), a file could not be
-        read or written, or the newest checkpoint is of other data.
+        read or written, the newest checkpoint is of other data, or another process is lost.
       CheckpointError: A checkpoint cannot be written, or none of those there can be read.
       OtherModelError: The newest checkpoint is of another model.
     """
@@ -118,6 +122,8 @@ def run(
         ):
             while current.step < training.steps and not stop.is_set():
                 current.advance()
+                if together.must_stop(current.step):
+                    stop.set()
                 last = current.step == training.steps
                 if last or is_due(current.step, training.evaluate_every):
                     current.evaluate()
@@ -125,9 +131,13 @@ def run(
                     current.save()
             current.save()
         return current.summarise(about or {})
-    except OSError as error:
+    except (OSError, jax.errors.JaxRuntimeError) as error:
+        lost = not isinstance(error, OSError)
+        if lost and jax.process_count() == 1:
+            raise
         left = what_is_left(folder / "checkpoints")
-        raise RunError(f"{folder} stopped: {error}; of the checkpoints {left}") from error
+        reason = f"another process is lost ({str(error).splitlines()[0]})" if lost else error
+        raise RunError(f"{folder} stopped: {reason}; of the checkpoints {left}") from error
 
 
 class Run:
@@ -143,7 +153,7 @@ class Run:
         clock: Callable[[], float],
     ):
         """Restores the newest checkpoint or begins, and compiles; takes what `run` takes."""
-        training = experiment.training
+        training, began = experiment.training, clock()
         self._experiment, self._model, self._data = experiment, model, data
         self._sample = sample
         self.folder = Path(training.folder) / experiment.name
@@ -152,7 +162,8 @@ class Run:
         abstract = abstract_state(model, tx)
         news = self._restore(abstract, partial(initial_state, model, tx, experiment.seed, abstract))
         self.step, self._streak = int(self._state.step), int(self._state.streak)
-        self._saved = self.step
+        self._saved = self._first = self.step
+        self._tracing = False
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._loss: tuple[int, float] | None = None
 
@@ -162,7 +173,8 @@ class Run:
         self._train_step = compile_train_step(
             model.graphdef, tx, training.accumulate, abstract, self._batch
         )
-        self._eval_step = jax.jit(partial(eval_step, model.graphdef))
+        everywhere = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
+        self._eval_step = jax.jit(partial(eval_step, model.graphdef), out_shardings=everywhere)
         self._compile_seconds = clock() - start
         rows, width = self._batch.tokens.shape
         self._tokens = rows * (width - 1)
@@ -174,14 +186,17 @@ class Run:
             # A backward pass costs two forward ones.
             flops=3 * self._tokens * experiment.model.flops_per_token(width - 1),
             peak=peak and peak * devices.size,
+            began=began,
         )
-        self._report = metrics.Report(
-            self.folder,
-            step=self.step,
-            steps=training.steps,
-            name=experiment.name,
-            wandb=training.wandb,
-        )
+        self._report = metrics.Silence()
+        if together.is_first():
+            self._report = metrics.Report(
+                self.folder,
+                step=self.step,
+                steps=training.steps,
+                name=experiment.name,
+                wandb=training.wandb,
+            )
         for line in news:
             self._report.say(line)
 
@@ -190,8 +205,11 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object):
         self._batches.close()
+        self._end_trace()
         try:
-            self._checkpoints.close()
+            # To wait for a save is to wait for the other processes, which may be lost.
+            if kind is None or jax.process_count() == 1:
+                self._checkpoints.close()
         finally:
             # Where something went wrong before, that is what the user has to hear of.
             with suppress(OSError) if kind else nullcontext():
@@ -199,12 +217,33 @@ class Run:
 
     def advance(self):
         """Starts a step; while the device works on it, takes in what the step before gave."""
-        with jax.transfer_guard("disallow"):
+        self._trace()
+        with self._meter.busy(), jax.transfer_guard("disallow"):
             self._state, values = self._train_step(self._state, self._batch)
         self.step += 1
         before, self._pending = self._pending, (self.step, values)
-        self._batch = next(self._batches)
+        with self._meter.busy(waits=True):
+            self._batch = next(self._batches)
         self._settle(before)
+
+    def _trace(self):
+        """Begins and ends the profiler's trace of some steps."""
+        steps, taken = self._experiment.training.profile, self.step - self._first
+        if not steps or taken not in (WARM, WARM + steps):
+            return
+        self._settle_all()
+        with self._meter.pause():
+            if taken == WARM:
+                jax.profiler.start_trace(self.folder / "profile")
+                self._tracing = True
+            else:
+                self._end_trace()
+
+    def _end_trace(self):
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+            self._report.say(f"traced steps lie in {self.folder / 'profile'}")
 
     def _validate(self) -> float:
         """Nats per target of the validation split."""
@@ -250,7 +289,7 @@ class Run:
     def summarise(self, about: dict[str, Any]) -> dict[str, Any]:
         """Writes loss.png and summary.json, after the run was closed; returns the latter."""
         lines = metrics.read(self.folder / "metrics.jsonl")
-        if lines:
+        if lines and together.is_first():
             metrics.draw(lines, self.folder / "loss.png")
         train = [line for line in lines if line["split"] == "train"]
         valid = [line for line in lines if line["split"] == "valid" and line["loss"] is not None]
@@ -272,10 +311,12 @@ class Run:
             "compile_seconds": self._compile_seconds,
             "device": mesh.devices.flat[0].device_kind,
             "devices": mesh.size,
+            "processes": jax.process_count(),
             "mesh": dict(mesh.shape),
             **about,
         }
-        metrics.replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if together.is_first():
+            metrics.replace(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 
     def _restore(
@@ -345,9 +386,12 @@ def is_due(step: int, every: int) -> bool:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Turns the first SIGTERM or SIGINT into an event; a second one acts as ever."""
+    """Turns the first SIGTERM or SIGINT into an event; a second one acts as ever.
+
+    Several processes have to stop after the same step: see `together.must_stop`.
+    """
     stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield stop  # only the main thread may set handlers
         return
     before: dict[int, Any] = {

@@ -16,13 +16,20 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tqdm import tqdm
 
-from hope_jax.training import RunError
+from hope_jax.training import RunError, together
 
 Values = Mapping[str, float | int | None]
 """Numbers by name; None where there is none."""
 
-TIMINGS = ("seconds", "tokens_per_second", "mfu")
-"""The fields of metrics.jsonl that two runs of the same experiment do not share."""
+TIMINGS = ("seconds", "tokens_per_second", "mfu", "goodput", "input_wait", "straggler")
+"""The fields of metrics.jsonl that two runs of the same experiment do not share.
+
+`seconds` since training began; `tokens_per_second` and `mfu` of the steps alone; `goodput` is the
+share of the time since the program took up the run, compilation included, in which it took steps
+and did not wait for a batch; `input_wait` and `straggler` are seconds a step: what the process that
+waits longest waits for batches, and how much longer the slowest process's host is busy between
+steps than the fastest's.
+"""
 
 PEAKS: dict[str, float] = {
     "TPU7x": 2307e12,
@@ -65,7 +72,13 @@ class Meter:
     """Measures how fast training goes, without the time that something else took."""
 
     def __init__(
-        self, clock: Callable[[], float], *, tokens: int, flops: float, peak: float | None
+        self,
+        clock: Callable[[], float],
+        *,
+        tokens: int,
+        flops: float,
+        peak: float | None,
+        began: float | None = None,
     ):
         """Starts now.
 
@@ -74,10 +87,13 @@ class Meter:
           tokens: Read by each step.
           flops: Of one step.
           peak: FLOP/s of all devices together, if known.
+          began: When the program took up the run; None for now.
         """
         self._clock, self._tokens, self._flops, self._peak = clock, tokens, flops, peak
         self._start = self._last = clock()
+        self._began = self._start if began is None else began
         self._away = self._away_since = 0.0
+        self._waited = self._waited_since = self._busy_since = 0.0
         self._steps = self._steps_since = 0
 
     def step(self):
@@ -95,17 +111,41 @@ class Meter:
             self._away += self._clock() - start
             self._away_since += self._clock() - start
 
+    @contextmanager
+    def busy(self, *, waits: bool = False) -> Iterator[None]:
+        """What happens inside keeps the host from the next step; `waits` for a batch, perhaps."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            took = self._clock() - start
+            self._busy_since += took
+            if waits:
+                self._waited += took
+                self._waited_since += took
+
     def since_last(self) -> Values:
-        """Returns `TIMINGS` of the steps since the last call; `seconds` since the beginning."""
-        now = self._clock()
+        """Returns `TIMINGS` of the steps since the last call; all processes call it at once."""
+        now, steps = self._clock(), max(self._steps_since, 1)
         speed = self._speed(self._steps_since, now - self._last - self._away_since)
+        busy = self._busy_since / steps
+        wait, most, least = together.largest(self._waited_since / steps, busy, -busy)
         self._last, self._steps_since, self._away_since = now, 0, 0.0
-        return {"seconds": now - self._start, **speed}
+        self._waited_since = self._busy_since = 0.0
+        spread = {"input_wait": wait, "straggler": most + least}
+        return {"seconds": now - self._start, **speed, "goodput": self._goodput(now), **spread}
 
     def overall(self) -> Values:
-        """Returns `TIMINGS` of all steps."""
-        seconds = self._clock() - self._start
-        return {"seconds": seconds, **self._speed(self._steps, seconds - self._away)}
+        """Returns the timings of all steps in this process."""
+        now = self._clock()
+        seconds = now - self._start
+        speed = self._speed(self._steps, seconds - self._away)
+        wait = self._waited / max(self._steps, 1)
+        return {"seconds": seconds, **speed, "goodput": self._goodput(now), "input_wait": wait}
+
+    def _goodput(self, now: float) -> float | None:
+        useful = now - self._start - self._away - self._waited
+        return useful / (now - self._began) if now > self._began else None
 
     def _speed(self, steps: int, seconds: float) -> Values:
         rate = steps / seconds if steps and seconds > 0 else None
@@ -197,6 +237,25 @@ class Report:
             self._event(step, summary=summary.scalar(f"{split}/{key}", value))
         if self._wandb is not None:
             self._wandb.log({f"{split}/{key}": value for key, value in numbers.items()}, step=step)
+
+
+class Silence:
+    """The `Report` of a process that leaves it to another one."""
+
+    def train(self, step: int, values: Values, *, write: bool):
+        """Does nothing."""
+
+    def evaluate(self, step: int, split: str, values: Values):
+        """Does nothing."""
+
+    def text(self, step: int, text: str):
+        """Does nothing."""
+
+    def say(self, line: str):
+        """Does nothing."""
+
+    def close(self):
+        """Does nothing."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
