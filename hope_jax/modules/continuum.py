@@ -26,7 +26,15 @@ from hope_jax.shapes import Activations, Starts
 from hope_jax.sharding import constrain
 
 RATIO = 4
-"""How much slower each level is than the one before where only the lowest frequency is given."""
+"""How much slower each level of a spread is than the one before."""
+
+PRESETS: dict[str, dict[str, float]] = {
+    "balanced": {"rate": 0.5, "retain": 0.98, "momentum": 0.0},
+    "fast_adapt": {"rate": 0.95, "retain": 0.9, "momentum": 0.0},
+    "high_retention": {"rate": 0.5, "retain": 0.998, "momentum": 0.8},
+}
+"""How levels move at first: half a step and half of it kept for 34 chunks; nearly whole steps, half
+kept for 7; half steps smoothed over 5 chunks, half kept for 346."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +85,13 @@ class SpreadConfig:
       levels: How many.
       lowest_frequency: Tokens between two moves of the slowest.
       hidden: Hidden units of each.
+      preset: How they move, one of `PRESETS`.
     """
 
     levels: int
     lowest_frequency: int
     hidden: int
+    preset: Literal["balanced", "fast_adapt", "high_retention"] = "balanced"
 
     def __post_init__(self):
         if self.levels < 1:
@@ -97,7 +107,8 @@ class SpreadConfig:
         """Makes the levels, fastest first."""
         slower = range(self.levels - 1, -1, -1)
         chunks = [self.lowest_frequency // RATIO**steps for steps in slower]
-        return tuple(LevelConfig(hidden=self.hidden, chunk=chunk) for chunk in chunks)
+        pace = PRESETS[self.preset]
+        return tuple(LevelConfig(hidden=self.hidden, chunk=chunk, **pace) for chunk in chunks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +219,55 @@ class ContinuumConfig:
             fast = 4 * first + 8 * behind if self.adapt == "all" else 4 * width * level.hidden
             total += 0 if level.chunk is None else fast
         return total
+
+
+def auto_scale(
+    dataset_tokens: int,
+    tasks: int = 1,
+    *,
+    hidden: int,
+    objective: Literal["local", "next_token"] = "local",
+) -> ContinuumConfig:
+    """Sets levels, chunks, retention and replay by how much there is to read.
+
+    The rule, with n the tokens of a task (`dataset_tokens / tasks`):
+      - The fastest level moves every 64 tokens, each further one `RATIO` times as slowly, as long
+        as it moves at least 64 times in a task and there are at most six.
+      - A level keeps half of what it learned for 64 of its chunks, the slowest for the whole data
+        if that is longer, so that it still has half of the first task at the end.
+      - With several tasks a "next_token" reading stores 8 chunks for each, and one of them is
+        learned again with each new chunk, at a share of `1 - 1 / tasks`, at most half.
+
+    Args:
+      dataset_tokens: What will be read in one stream.
+      tasks: Parts of it that differ.
+      hidden: Hidden units of each level.
+      objective: What levels learn in context.
+
+    Returns:
+      A sequential continuum.
+
+    Raises:
+      ValueError: A number is below 1.
+    """
+    for name, number in (("dataset_tokens", dataset_tokens), ("tasks", tasks)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    each, chunks = dataset_tokens // tasks, [64]
+    while len(chunks) < 6 and chunks[-1] * RATIO * 64 <= each:
+        chunks.append(chunks[-1] * RATIO)
+    lives = [64 * chunk for chunk in chunks]
+    lives[-1] = max(lives[-1], dataset_tokens)
+    replay = objective == "next_token" and tasks > 1
+    return ContinuumConfig(
+        levels=tuple(
+            LevelConfig(hidden=hidden, chunk=chunk, retain=0.5 ** (chunk / life))
+            for chunk, life in zip(chunks, lives, strict=True)
+        ),
+        objective=objective,
+        replay=8 * tasks if replay else 0,
+        replay_ratio=min(0.5, 1 - 1 / tasks) if replay else 0.5,
+    )
 
 
 class Level(nnx.Module):
