@@ -1,5 +1,6 @@
 """Brings published models into run folders, and runs out as published models."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,16 +11,22 @@ from tqdm import tqdm
 
 from hope_jax import config, runs, sharding
 from hope_jax.config import ConfigError, Experiment
-from hope_jax.data import DataConfig
-from hope_jax.data.tokenizer import SentencePiece, SentencePieceConfig
+from hope_jax.data import DataConfig, Tokenizer
+from hope_jax.data.tokenizer import (
+    BytePairs,
+    BytePairsConfig,
+    SentencePiece,
+    SentencePieceConfig,
+    TokenizerConfig,
+)
 from hope_jax.models import pretrained
 from hope_jax.models.decoder import Decoder
 from hope_jax.models.pretrained import Dtype, Stacking
 from hope_jax.training import TrainingConfig
 from hope_jax.training.checkpoint import CheckpointError, OtherModelError, give, steps
 
-PIECES = "tokenizer.model"
-"""The file of a published SentencePiece tokenizer."""
+TOKENIZERS = {"tokenizer.model": "tokenizer.model", "byte_pairs.json": "tokenizer.json"}
+"""The tokenizer's file in a run, and its name in a published folder."""
 
 WINDOW = 2048
 """Tokens that an imported run trains on and is evaluated with at once, if it is not said."""
@@ -42,7 +49,8 @@ def bring_in(source: Path, folder: Path, overrides: Sequence[str]) -> Experiment
     """Makes a run of a published Llama, which can be evaluated, and trained from there.
 
     Args:
-      source: The published folder: config.json, safetensors, tokenizer.model.
+      source: The published folder: config.json, safetensors, and tokenizer.model (SentencePiece) or
+        tokenizer.json (byte pairs).
       folder: The run's.
       overrides: `levels` and `split` of `Stacking`, and any settings of the run.
 
@@ -60,13 +68,11 @@ def bring_in(source: Path, folder: Path, overrides: Sequence[str]) -> Experiment
     rest = [override for override in overrides if not override.startswith(names)]
     with config.blame(str(source)):
         model = pretrained.describe(source, stacking)
-        tokenizer = _tokenizer(source / PIECES)
+        chosen, tokenizer = _tokenizer(source, folder)
         experiment = Experiment(
             model=model,
             data=DataConfig(
-                tokenizer=SentencePieceConfig(
-                    vocabulary=tokenizer.vocabulary, model=str(folder / PIECES)
-                ),
+                tokenizer=chosen,
                 window=min(model.mixer.window, WINDOW),  # pyrefly: ignore[missing-attribute]
             ),
             training=TrainingConfig(folder=str(folder.parent)),
@@ -87,7 +93,7 @@ def bring_in(source: Path, folder: Path, overrides: Sequence[str]) -> Experiment
 
 
 def bring_out(path: Path, folder: Path, overrides: Sequence[str]) -> Path:
-    """Publishes a run as a Llama, with its tokenizer if that is of SentencePiece.
+    """Publishes a run as a Llama, with its tokenizer if others know its kind.
 
     Args:
       path: A run folder, or a checkpoint in it.
@@ -112,21 +118,29 @@ def bring_out(path: Path, folder: Path, overrides: Sequence[str]) -> Path:
             pretrained.save(
                 model, folder, dtype=dtype, bos=run.tokenizer.bos, track=_track("write")
             )
-    if (run.folder / PIECES).is_file():
-        (folder / PIECES).write_bytes((run.folder / PIECES).read_bytes())
+    for ours, theirs in TOKENIZERS.items():
+        if (run.folder / ours).is_file():
+            (folder / theirs).write_bytes((run.folder / ours).read_bytes())
     return checkpoint
 
 
-def _tokenizer(path: Path) -> SentencePiece:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {path.name}: a run needs a SentencePiece tokenizer, other kinds (a "
-            "tokenizer.json alone) cannot be read"
-        )
-    return SentencePiece(path.read_bytes(), name=path.name)
+def _tokenizer(source: Path, folder: Path) -> tuple[TokenizerConfig, Tokenizer]:
+    """Reads a published tokenizer; its file will lie in `folder`."""
+    pieces, pairs = source / "tokenizer.model", source / "tokenizer.json"
+    if pieces.is_file():
+        tokenizer = SentencePiece(pieces.read_bytes(), name=pieces.name)
+        file = str(folder / "tokenizer.model")
+        return SentencePieceConfig(vocabulary=tokenizer.vocabulary, model=file), tokenizer
+    if not pairs.is_file():
+        raise FileNotFoundError("there is neither a tokenizer.model nor a tokenizer.json")
+    settings = json.loads((source / "config.json").read_text("utf-8"))
+    bos = settings.get("bos_token_id")
+    tokenizer = BytePairs(pairs.read_bytes(), bos=-1 if bos is None else bos, name=pairs.name)
+    file = str(folder / "byte_pairs.json")
+    return BytePairsConfig(file=file, vocabulary=tokenizer.vocabulary, bos=tokenizer.bos), tokenizer
 
 
-def _give(experiment: Experiment, model: Decoder, tokenizer: SentencePiece):
+def _give(experiment: Experiment, model: Decoder, tokenizer: Tokenizer):
     about = {"data": {"tokenizer": tokenizer.fingerprint}, "config": asdict(experiment)}
     params = nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
     try:

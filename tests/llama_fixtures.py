@@ -1,4 +1,4 @@
-"""Makes tiny Llamas with the transformers library, and writes down what they compute.
+"""Makes tiny Llamas and tokenizers with transformers, and writes down what they compute.
 
 Run by hand, where torch, transformers and safetensors are installed (no other test needs them):
 
@@ -6,10 +6,12 @@ Run by hand, where torch, transformers and safetensors are installed (no other t
 
 It writes `tests/llama/NAME` for every entry of `LLAMAS`: `config.json` and safetensors as
 transformers publishes them, and `expected.safetensors` with `tokens` and the `logits` for them.
-`tests/test_pretrained.py` reads them. The files there were made with transformers 5.23.0 and torch
-2.13.0.
+`tests/test_pretrained.py` reads them. `tests/llama/tokenizers/NAME.json` are tokenizers, and
+`expected.json` has the ids of some texts for each; `tests/test_byte_pairs.py` reads those. What
+lies there was made with transformers 5.23.0, tokenizers 0.23.3 and torch 2.13.0.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -71,6 +73,52 @@ LLAMAS = {
 """Settings beside `SIZES`; `shard` is the size above which a file is cut."""
 
 
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3 cuts a text."""
+
+TEXTS = [
+    "",
+    " ",
+    "The model's levels don't, and they'll WE'LL not: 12345 tokens, 3.14159!",
+    "  two  spaces \t\n\n  tab\r\nline\n\n\n",
+    "def f(x):\n    return x**2  # a square\n",
+    "caf\u00e9 cafe\u0301 日本語 Ελληνικά 🎉🏽",
+    "\u00b2 \u2167 \u0661\u0662\u0663 \u00bd \u00a0\u2028\u3000 \x1c\x1d a\x85b \0",
+    "<|begin_of_text|>not special<|end|>",
+    "aaaaaaaaaaaaaaaaaaaa 00000000000",
+]
+
+
+def tokenizers():
+    """Byte pairs learned from the texts, cut as Llama 3, SmolLM and GPT-2 cut them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cutters = {
+        "llama3": [
+            pre_tokenizers.Split(Regex(LLAMA3), "isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
+        "digits": [pre_tokenizers.Digits(individual_digits=True), plain],
+        "gpt2": [plain],
+    }
+    for name, steps in cutters.items():
+        made = Tokenizer(models.BPE(ignore_merges=name == "llama3"))
+        made.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else plain
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=340,
+            special_tokens=["<|begin_of_text|>", "<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        made.train_from_iterator(TEXTS * 2, trainer)
+        yield name, made
+
+
 def build(name: str, seed: int = 0):
     """Makes a Llama whose numbers are large enough for every setting to be seen in its logits."""
     import torch
@@ -119,6 +167,15 @@ def main():
         save_file({"tokens": tokens, "logits": found}, folder / "expected.safetensors")
         size = sum(file.stat().st_size for file in folder.iterdir())
         print(f"{name}: {size:,} bytes, logits deviate by {found.std():.2f}", file=sys.stderr)
+
+    folder = FOLDER / "tokenizers"
+    folder.mkdir(exist_ok=True)
+    expected = {}
+    for name, made in tokenizers():
+        (folder / f"{name}.json").write_text(made.to_str())
+        made.encode_special_tokens = True
+        expected[name] = [[text, made.encode(text).ids] for text in TEXTS]
+    (folder / "expected.json").write_text(json.dumps(expected))
 
 
 if __name__ == "__main__":

@@ -302,6 +302,23 @@ def test_an_imported_run_is_evaluated_trained_and_published(published, tmp_path,
         np.testing.assert_array_equal(leaves(model)[name], x)
 
 
+def test_byte_pairs_come_along(published, tmp_path):
+    (published / "tokenizer.model").unlink()
+    shutil.copy(FOLDER / "tokenizers" / "gpt2.json", published / "tokenizer.json")
+    with pytest.raises(config.ConfigError, match=r"model\.vocabulary must be at least 340"):
+        exchange.bring_in(published, tmp_path / "run", [])
+    model = replace(MODELS["transformer"], vocabulary=400).build(seed=1)
+    pretrained.save(model, tmp_path / "larger", dtype="float32", bos=1)
+    shutil.copy(published / "tokenizer.json", tmp_path / "larger")
+    exchange.bring_in(tmp_path / "larger", tmp_path / "run", [])
+    exchange.bring_out(tmp_path / "run", tmp_path / "out", [])
+    for path in (tmp_path / "larger").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    edit(tmp_path / "larger", bos_token_id=None)
+    with pytest.raises(config.ConfigError, match="bos must be a special token"):
+        exchange.bring_in(tmp_path / "larger", tmp_path / "again", [])
+
+
 def test_what_an_import_lacks_is_said_in_a_line(published, tmp_path):
     for settings, says in [
         (["split=width"], "split=width is no choice"),
@@ -312,7 +329,7 @@ def test_what_an_import_lacks_is_said_in_a_line(published, tmp_path):
         with pytest.raises(config.ConfigError, match=says):
             exchange.bring_in(published, tmp_path / "run", settings)
     (published / "tokenizer.model").unlink()
-    with pytest.raises(config.ConfigError, match=r"there is no tokenizer\.model"):
+    with pytest.raises(config.ConfigError, match=r"there is neither a tokenizer\.model nor"):
         exchange.bring_in(published, tmp_path / "run", [])
     assert not (tmp_path / "run" / "config.yaml").exists()
 

@@ -1,4 +1,4 @@
-"""Text to ids and back: bytes, SentencePiece, and bare symbols for synthetic tasks."""
+"""Text to ids and back: bytes, SentencePiece, byte pairs, and bare symbols for synthetic tasks."""
 
 import hashlib
 import heapq
@@ -13,6 +13,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
+
+from hope_jax.data.byte_pairs import Encoding
 
 PART = 1_000_000
 """Characters that SentencePiece encodes at a time; longer texts are cut at line ends."""
@@ -146,7 +148,41 @@ class SentencePieceConfig:
         return tokenizer
 
 
-TokenizerConfig = BytesConfig | SentencePieceConfig | SymbolsConfig
+@dataclass(frozen=True, kw_only=True)
+class BytePairsConfig:
+    """Byte pairs by the rules of a published `tokenizer.json`.
+
+    Attributes:
+      file: The file.
+      vocabulary: The number of its ids.
+      bos: The special token that begins a document.
+    """
+
+    kind: Literal["byte_pairs"] = "byte_pairs"
+    file: str
+    vocabulary: int
+    bos: int
+
+    def build(self) -> "BytePairs":
+        """Reads the file.
+
+        Raises:
+          FileNotFoundError: It is missing.
+          ValueError: It has rules that are not known, or another vocabulary.
+        """
+        path = Path(self.file).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer file {str(path)!r} is not a file")
+        tokenizer = BytePairs(path.read_bytes(), bos=self.bos, name=str(path))
+        if tokenizer.vocabulary != self.vocabulary:
+            raise ValueError(
+                f"tokenizer vocabulary must be {tokenizer.vocabulary}, that of {str(path)!r}, "
+                f"got {self.vocabulary}"
+            )
+        return tokenizer
+
+
+TokenizerConfig = BytesConfig | SentencePieceConfig | SymbolsConfig | BytePairsConfig
 
 
 class Bytes:
@@ -251,6 +287,42 @@ class SentencePiece:
         _describe(folder, self, {"kind": "sentencepiece"})
 
 
+class BytePairs:
+    """See `BytePairsConfig` and `Tokenizer`; texts come back exactly."""
+
+    def __init__(self, data: bytes, *, bos: int, name: str = "the file"):
+        """Takes the bytes of a `tokenizer.json`; `name` is for errors.
+
+        Raises:
+          ValueError: Its rules are not known, or `bos` is not one of its special tokens.
+        """
+        try:
+            self._encoding = Encoding(data)
+        except ValueError as error:
+            raise ValueError(f"{name!r} is no tokenizer that can be read: {error}") from error
+        if bos not in self._encoding.special:
+            raise ValueError(f"bos must be a special token of {name!r}, got {bos}")
+        self._data = data
+        self.bos = bos
+        self.vocabulary = self._encoding.vocabulary
+        self.fingerprint = f"byte_pairs-{bos}-{hashlib.sha256(data).hexdigest()[:32]}"
+
+    def encode(self, text: str) -> Int[np.ndarray, " T"]:
+        """Returns the ids of the pieces."""
+        _utf8(text)
+        return np.array(self._encoding.encode(text), np.int32)
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " T"]) -> str:
+        """Joins the pieces."""
+        return self._encoding.decode(int(i) for i in ids)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes `tokenizer.json` and `byte_pairs.json`, which is the published file."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "byte_pairs.json").write_bytes(self._data)
+        _describe(folder, self, {"kind": "byte_pairs", "bos": self.bos})
+
+
 def load(folder: str | os.PathLike) -> Tokenizer:
     """Returns the tokenizer that was saved into a folder.
 
@@ -268,6 +340,9 @@ def load(folder: str | os.PathLike) -> Tokenizer:
             tokenizer = Bytes()
         elif about["kind"] == "symbols":
             tokenizer = Symbols(about["symbols"])
+        elif about["kind"] == "byte_pairs":
+            file = folder / "byte_pairs.json"
+            tokenizer = BytePairs(file.read_bytes(), bos=about["bos"], name=str(file))
         else:
             model = folder / "tokenizer.model"
             tokenizer = SentencePiece(model.read_bytes(), name=str(model))
