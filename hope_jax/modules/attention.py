@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray
 
 from hope_jax.modules.frame import head_width
 from hope_jax.modules.layers import Output, Projections, join_heads, split_heads
+from hope_jax.modules.split import for_attention
 from hope_jax.ops.attention import AttentionMemory, Frequencies, empty_memory, sliding_attention
 from hope_jax.shapes import Activations, Starts
 
@@ -158,7 +159,7 @@ class Attention(nnx.Module):
         (q,) = self.query(x)
         k, v = self.key_value(x)
         q = split_heads(q, config.heads)
-        k, v = split_heads(k, groups), split_heads(v, groups)
+        q, k, v = for_attention(q, split_heads(k, groups), split_heads(v, groups))
         y, memory = sliding_attention(
             q,
             k,
