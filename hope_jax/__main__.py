@@ -75,7 +75,7 @@ def add_exchange(commands: Any):
     about = "make a run of a published Llama: LLAMA RUN [levels=N split=copies|depth|units ...]"
     bring = commands.add_parser("import", help=about, description=about)
     bring.set_defaults(run=import_llama)
-    bring.add_argument("llama", metavar="LLAMA", help="config.json, safetensors, tokenizer.model")
+    bring.add_argument("llama", metavar="LLAMA", help="a folder as it was published")
     bring.add_argument("folder", metavar="RUN", help="the run folder to make")
     changes = "levels=, split= and settings of the run to change"
     bring.add_argument("overrides", metavar="key=value", nargs="*", help=changes)

@@ -240,6 +240,23 @@ def test_what_is_no_llama_is_not_published(model, says, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"objective": "next_token"},
+            "the continuum of a Llama must have objective=local, got next",
+        ),
+        ({"variant": "headwise"}, "a Llama's levels are no headwise continuum"),
+    ],
+)
+def test_a_continuum_of_another_kind_is_not_published(changes, says, tmp_path):
+    small = MODELS["transformer"]
+    model = replace(small, continuum=replace(small.continuum, **changes)).build()
+    with pytest.raises(ValueError, match=says):
+        pretrained.save(model, tmp_path / "out", dtype="float32")
+
+
 def test_levels_that_are_no_single_network_are_not_published(tmp_path):
     model = load(FOLDER / "float32", Stacking(levels=3, split="copies"))
     down = model.blocks.continuum.levels[0].down

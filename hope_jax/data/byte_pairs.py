@@ -83,7 +83,8 @@ class Encoding:
                     pieces[-1] += piece
                 else:
                     pieces.append(piece)
-        return tuple(self._ids[piece] for piece in pieces)
+        # A byte that no piece covers has no id: it is left out, as its authors do.
+        return tuple(self._ids[piece] for piece in pieces if piece in self._ids)
 
 
 def _rules(about: dict[str, Any]) -> Iterator[str]:
@@ -93,8 +94,10 @@ def _rules(about: dict[str, Any]) -> Iterator[str]:
       ValueError: Something else than these patterns and the merges of bytes is to be done.
     """
     model, cutter = about["model"], about["pre_tokenizer"] or {"type": None}
-    odd = [name for name in ("dropout", "unk_token", "byte_fallback") if model.get(name)]
-    odd += [n for n in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(n)]
+    refused = "dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"
+    odd = [name for name in refused if model.get(name)]
+    if model.get("unk_token") and not set(_letters()) <= model["vocab"].keys():
+        odd.append("unk_token")
     if model["type"] != "BPE" or odd:
         raise ValueError(f"it must be plain BPE of bytes, got {model['type']} {' '.join(odd)}")
     if about["normalizer"]:

@@ -457,17 +457,20 @@ def _check_llama(config: ModelConfig) -> AttentionConfig:
         kind = config.mixer.kind
         raise ValueError(f"a Llama's mixer must be attention, that of this model is {kind}")
     continuum = config.continuum
-    if continuum != ContinuumConfig(variant=continuum.variant, levels=continuum.levels) or (
-        continuum.variant not in ("sequential", "independent")
-    ):
-        raise ValueError(f"a Llama has no continuum with such settings: {continuum}")
+    if continuum.variant not in ("sequential", "independent"):
+        raise ValueError(f"a Llama's levels are no {continuum.variant} continuum")
+    plain = ContinuumConfig(variant=continuum.variant, levels=continuum.levels)
+    _check_same("the continuum", asdict(continuum), asdict(plain))
     for index, level in enumerate(continuum.levels):
-        plain = asdict(LevelConfig(hidden=level.hidden, gated=True))
-        for name, value in asdict(level).items():
-            if value != plain[name]:
-                wanted = f"{name}={plain[name]}, got {value}"
-                raise ValueError(f"level {index} of a Llama must have {wanted}")
+        plain = LevelConfig(hidden=level.hidden, gated=True)
+        _check_same(f"level {index}", asdict(level), asdict(plain))
     return config.mixer
+
+
+def _check_same(what: str, found: dict[str, Any], wanted: dict[str, Any]):
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ValueError(f"{what} of a Llama must have {name}={value}, got {found[name]}")
 
 
 def _holders(config: ModelConfig, params: dict[str, Array]) -> list[int]:
