@@ -316,6 +316,29 @@ def test_muon_is_contained():
     )
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (hopt.AdamWConfig(), optax.adamw(0.1, b2=0.95, weight_decay=0.0)),
+        (hopt.SGDConfig(), optax.sgd(0.1, 0.9)),
+        (hopt.LionConfig(), optax.lion(0.1, weight_decay=0.0)),
+        (hopt.AdEMAMixConfig(b3=0.99, slow=3.0), optax.contrib.ademamix(0.1, 0.9, 0.95, 0.99, 3.0)),
+    ],
+)
+def test_what_optax_has_is_that_of_optax(ours, theirs):
+    same(ours.build(0.1), theirs)
+
+
+def test_what_wraps_optimizers_in_optax_wraps_ours():
+    weight, rate = {"w": jnp.ones((4, 4))}, 0.1
+    tx = optax.contrib.schedule_free(hopt.delta_momentum(rate, decay=0.0), rate)
+    state, params = tx.init(weight), weight
+    for _ in range(200):
+        updates, state = jax.jit(tx.update)(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert optax.tree.norm(optax.contrib.schedule_free_eval_params(state, params)) < 0.5
+
+
 def test_the_muon_of_the_table_is_that_of_optax():
     config = hopt.MuonConfig(nesterov=False)
     theirs = optax.contrib.muon(

@@ -12,7 +12,16 @@ from jaxtyping import Array, Float, PyTree
 from hope_jax.ops.linear import Objective, objective_named
 from hope_jax.optimizers.momentum import MatrixMap, precondition
 from hope_jax.optimizers.parameters import ParamInfo, each, from_matrices, to_matrices
-from hope_jax.optimizers.standard import StateDtype, check_positive, check_shares, descend, divide
+from hope_jax.optimizers.standard import (
+    StateDtype,
+    check_positive,
+    check_shares,
+    descend,
+    divide,
+    settings,
+    widened,
+    zeros,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +56,7 @@ class DeltaMomentumConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return delta_momentum(
-            learning_rate,
-            decay=self.decay,
-            erase=self.erase,
-            preconditioner=self.preconditioner,
-            b2=self.b2,
-            eps=self.eps,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return delta_momentum(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +87,7 @@ class GMConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return gm(
-            learning_rate,
-            decay=self.decay,
-            write=self.write,
-            objective=self.objective,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return gm(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 class MomentumState(NamedTuple):
@@ -237,7 +228,7 @@ def _momentum(
 
     def init(params: optax.Params) -> MomentumState:
         return MomentumState(
-            jax.tree.map(lambda p: jnp.zeros_like(p, dtype=state_dtype or p.dtype), params),
+            zeros(params, state_dtype),
             preconditioner.init(params),
         )
 
@@ -246,7 +237,7 @@ def _momentum(
 
         def one(info: ParamInfo, *arrays: Array) -> tuple[Array, Array]:
             g, _, old = arrays
-            wide = jnp.promote_types(g.dtype, jnp.float32)
+            wide = widened(g)
             new = step(*(to_matrices(info, x).astype(wide) for x in arrays))
             new = from_matrices(info, new, g)
             return new.astype(g.dtype), new.astype(old.dtype)

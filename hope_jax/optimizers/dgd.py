@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 
 from hope_jax.ops.linear import OBJECTIVES, Objective, objective_named
 from hope_jax.optimizers.parameters import ParamInfo
-from hope_jax.optimizers.standard import check_positive, descend
+from hope_jax.optimizers.standard import check_positive, descend, settings
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class DGDConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return dgd(learning_rate, key_norm=self.key_norm, weight_decay=weight_decay, info=info)
+        return dgd(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,7 @@ class GGDConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return ggd(
-            learning_rate,
-            objective=self.objective,
-            key_norm=self.key_norm,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return ggd(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 class ProximalState(NamedTuple):

@@ -19,7 +19,7 @@ from hope_jax.optimizers.parameters import (
     to_matrices,
     with_info,
 )
-from hope_jax.optimizers.standard import check_positive, check_shares, descend, divide
+from hope_jax.optimizers.standard import check_positive, check_shares, descend, divide, settings
 
 Network = tuple[Float[Array, "... _into _out"], ...]
 
@@ -61,19 +61,7 @@ class DMGDConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return dmgd(
-            learning_rate,
-            depth=self.depth,
-            hidden=self.hidden,
-            shared=self.shared,
-            objective=self.objective,
-            decay=self.decay,
-            rate=self.rate,
-            b2=self.b2,
-            seed=self.seed,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return dmgd(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 class DMGDState(NamedTuple):

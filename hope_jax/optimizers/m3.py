@@ -10,7 +10,6 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from hope_jax.ops.orthogonal import newton_schulz_all
-from hope_jax.optimizers.momentum import with_adam_for_the_rest
 from hope_jax.optimizers.parameters import ParamInfo
 from hope_jax.optimizers.standard import (
     StateDtype,
@@ -20,6 +19,10 @@ from hope_jax.optimizers.standard import (
     descend,
     divide,
     scale_by_shape,
+    settings,
+    wide_zeros,
+    with_adam_for_the_rest,
+    zeros,
 )
 
 
@@ -60,19 +63,7 @@ class M3Config:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return m3(
-            learning_rate,
-            b1=self.b1,
-            b2=self.b2,
-            b3=self.b3,
-            slow=self.slow,
-            period=self.period,
-            damping=self.damping,
-            rms=self.rms,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return m3(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,18 +100,7 @@ class M3PrintedConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return m3_printed(
-            learning_rate,
-            b1=self.b1,
-            b2=self.b2,
-            b3=self.b3,
-            slow=self.slow,
-            period=self.period,
-            eps=self.eps,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return m3_printed(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 class M3State(NamedTuple):
@@ -303,14 +283,13 @@ def _m3(
     """The order of algorithm 1: the slow direction of a period is the one its predecessors left."""
 
     def init(params: optax.Params) -> M3State:
-        def zeros(dtype: StateDtype | None) -> optax.Updates:
-            return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
-
-        wide = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
+        return M3State(
+            count=jnp.zeros((), jnp.int32),
+            fast=zeros(params, state_dtype),
+            second=wide_zeros(params),
+            slow=zeros(params, state_dtype),
+            direction=zeros(params, state_dtype),
         )
-        momenta = zeros(state_dtype), wide, zeros(state_dtype), zeros(state_dtype)
-        return M3State(jnp.zeros((), jnp.int32), *momenta)
 
     def update(updates, state, params=None):
         del params

@@ -14,17 +14,18 @@ from hope_jax.ops.orthogonal import newton_schulz_all
 from hope_jax.optimizers.parameters import (
     ParamInfo,
     from_matrices,
-    matrix_labels,
     to_matrices,
     with_info,
 )
 from hope_jax.optimizers.standard import (
-    AdamWConfig,
     StateDtype,
     check_positive,
     check_shares,
     descend,
     scale_by_shape,
+    settings,
+    widened,
+    with_adam_for_the_rest,
 )
 
 Matrices = Float[Array, "... out in"]
@@ -33,7 +34,7 @@ MatrixMap = Callable[[Matrices], Matrices]
 
 def _tanh(x: Matrices) -> Matrices:
     """Of numbers in units of their matrix' root mean square, so that scale does not matter."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(widened(x))
     square = jnp.sum(wide * wide, axis=(-2, -1), keepdims=True) / max(prod(x.shape[-2:]), 1)
     return jnp.tanh(wide * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))).astype(x.dtype)
 
@@ -73,14 +74,7 @@ class PreconditionedMomentumConfig:
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
         return preconditioned_momentum(
-            learning_rate,
-            decay=self.decay,
-            preconditioner=self.preconditioner,
-            b2=self.b2,
-            eps=self.eps,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
+            learning_rate, **settings(self), weight_decay=weight_decay, info=info
         )
 
 
@@ -111,12 +105,7 @@ class FeatureMomentumConfig:
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
         return feature_momentum(
-            learning_rate,
-            decay=self.decay,
-            feature_map=self.feature_map,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
+            learning_rate, **settings(self), weight_decay=weight_decay, info=info
         )
 
 
@@ -149,13 +138,7 @@ class OutputMomentumConfig:
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
         return output_momentum(
-            learning_rate,
-            decay=self.decay,
-            nonlinearity=self.nonlinearity,
-            rms=self.rms,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
+            learning_rate, **settings(self), weight_decay=weight_decay, info=info
         )
 
 
@@ -321,19 +304,6 @@ def output_momentum(
             optax.chain(momentum, scale_by_shape(rms)), state_dtype=state_dtype, info=info
         )
     return optax.chain(momentum, descend(learning_rate, weight_decay=weight_decay, info=info))
-
-
-def with_adam_for_the_rest(
-    matrix: optax.GradientTransformation,
-    *,
-    state_dtype: StateDtype | None,
-    info: PyTree[ParamInfo] | None,
-) -> optax.GradientTransformation:
-    """Gives matrices to a transform and all other parameters to Adam, as `parameters` says."""
-    rest = optax.scale_by_adam(
-        AdamWConfig.b1, AdamWConfig.b2, AdamWConfig.eps, mu_dtype=state_dtype
-    )
-    return optax.partition({"matrix": matrix, "rest": rest}, lambda tree: matrix_labels(tree, info))
 
 
 def matrix_map(

@@ -10,7 +10,17 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from hope_jax.optimizers.parameters import ParamInfo, each, is_matrix, with_info
-from hope_jax.optimizers.standard import StateDtype, check_positive, check_shares, descend, divide
+from hope_jax.optimizers.standard import (
+    StateDtype,
+    check_positive,
+    check_shares,
+    descend,
+    divide,
+    settings,
+    wide_zeros,
+    widened,
+    zeros,
+)
 
 Target = Callable[[Array], Array]
 
@@ -46,16 +56,7 @@ class AdamMemoryConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return adam_memory(
-            learning_rate,
-            target=self.target,
-            b1=self.b1,
-            b2=self.b2,
-            eps=self.eps,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return adam_memory(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +89,7 @@ class OuterMemoryConfig:
         info: PyTree[ParamInfo] | None = None,
     ) -> optax.GradientTransformation:
         """Makes the optimizer, see `descend` for the arguments."""
-        return outer_memory(
-            learning_rate,
-            b1=self.b1,
-            eps=self.eps,
-            refresh=self.refresh,
-            largest=self.largest,
-            state_dtype=self.state_dtype,
-            weight_decay=weight_decay,
-            info=info,
-        )
+        return outer_memory(learning_rate, **settings(self), weight_decay=weight_decay, info=info)
 
 
 class AdamMemoryState(NamedTuple):
@@ -171,17 +163,15 @@ def scale_by_adam_memory(
     answer = target if callable(target) else TARGETS[target]
 
     def init(params: optax.Params) -> AdamMemoryState:
-        second = jax.tree.map(
-            lambda p: jnp.zeros_like(p, dtype=jnp.promote_types(p.dtype, jnp.float32)), params
-        )
-        return AdamMemoryState(jnp.zeros((), jnp.int32), _zeros(params, state_dtype), second)
+        count = jnp.zeros((), jnp.int32)
+        return AdamMemoryState(count, zeros(params, state_dtype), wide_zeros(params))
 
     def update(updates, state, params=None):
         del params
         count = state.count + 1
 
         def one(_: ParamInfo, g: Array, first: Array, second: Array) -> tuple:
-            wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+            wide = g.astype(widened(g))
             new_first = b1 * first + (1 - b1) * wide
             new_second = b2 * second + (1 - b2) * jnp.square(wide)
             keys, squares = new_first / (1 - b1**count), new_second / (1 - b2**count)
@@ -238,16 +228,16 @@ def scale_by_outer_memory(
     def init(params: optax.Params) -> OuterMemoryState:
         def outer(one: ParamInfo, x: Array) -> Array:
             if not whole(one, x):
-                return jnp.zeros_like(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
+                return jnp.zeros_like(x, dtype=widened(x))
             short = min(x.shape[-2:])
-            return jnp.zeros((*x.shape[:-2], short, short), jnp.promote_types(x.dtype, jnp.float32))
+            return jnp.zeros((*x.shape[:-2], short, short), widened(x))
 
         def root(one: ParamInfo, x: Array) -> Array:
             return outer(one, x) if whole(one, x) else jnp.zeros((), jnp.float32)
 
         return OuterMemoryState(
             jnp.zeros((), jnp.int32),
-            _zeros(params, state_dtype),
+            zeros(params, state_dtype),
             with_info(outer, params, info=info),
             with_info(root, params, info=info),
         )
@@ -320,7 +310,3 @@ def _inverse_root(outer: Float[Array, "... N N"], eps: float) -> Float[Array, ".
     values = jnp.maximum(values, eps * values[..., -1:])
     roots = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
     return (vectors * roots[..., None, :]) @ vectors.mT
-
-
-def _zeros(params: optax.Params, dtype: StateDtype | None) -> optax.Params:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)

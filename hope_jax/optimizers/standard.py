@@ -1,8 +1,8 @@
 """The optimizers that optax has, and the learning-rate schedules around every optimizer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -161,13 +161,15 @@ class MuonConfig:
             ),
             scale_by_shape(self.rms),
         )
-        rest = optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.state_dtype)
-        return optax.chain(
-            optax.partition(
-                {"matrix": matrix, "rest": rest}, lambda tree: matrix_labels(tree, info)
-            ),
-            descend(learning_rate, weight_decay=weight_decay, info=info),
+        whole = with_adam_for_the_rest(
+            matrix,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            state_dtype=self.state_dtype,
+            info=info,
         )
+        return optax.chain(whole, descend(learning_rate, weight_decay=weight_decay, info=info))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,6 +274,20 @@ class AdEMAMixConfig:
         return optax.chain(mix, descend(learning_rate, weight_decay=weight_decay, info=info))
 
 
+def with_adam_for_the_rest(
+    matrix: optax.GradientTransformation,
+    *,
+    b1: float = AdamWConfig.b1,
+    b2: float = AdamWConfig.b2,
+    eps: float = AdamWConfig.eps,
+    state_dtype: StateDtype | None,
+    info: PyTree[ParamInfo] | None,
+) -> optax.GradientTransformation:
+    """Gives matrices to a transform and all other parameters to Adam, as `parameters` says."""
+    rest = optax.scale_by_adam(b1, b2, eps, mu_dtype=state_dtype)
+    return optax.partition({"matrix": matrix, "rest": rest}, lambda tree: matrix_labels(tree, info))
+
+
 def scale_by_shape(rms: float) -> optax.GradientTransformation:
     """Gives orthogonalised matrices one root mean square, whatever their shape.
 
@@ -314,6 +330,26 @@ def descend(
         return step
     decay = optax.add_decayed_weights(weight_decay, lambda tree: decay_mask(tree, info))
     return optax.chain(decay, step)
+
+
+def settings(rule: Any) -> dict[str, Any]:
+    """The settings of a rule, as the keywords of the alias that it builds."""
+    return {field.name: getattr(rule, field.name) for field in fields(rule) if field.name != "kind"}
+
+
+def widened(x: Array) -> jnp.dtype:
+    """The dtype that a number is computed in: float32, or its own where that holds more."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def zeros(params: optax.Params, dtype: StateDtype | None) -> optax.Params:
+    """Buffers of their own, shaped as the parameters; of their dtype where none is given."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
+
+
+def wide_zeros(params: optax.Params) -> optax.Params:
+    """As `zeros`, in the dtype that numbers are computed in."""
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=widened(p)), params)
 
 
 def check_shares(shares: Mapping[str, float | int]) -> None:
