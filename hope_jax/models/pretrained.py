@@ -145,12 +145,12 @@ def describe(folder: Path, stacking: Stacking) -> ModelConfig:
     """
     settings = _json(folder / "config.json")
     for name, (wanted, reason) in WANTED.items():
-        found = settings.get(name, None if name == "model_type" else wanted)
-        if found != wanted:
+        found = settings.get(name)
+        if found != wanted and (found is not None or name == "model_type"):
             raise ValueError(f"config.json: {name} must be {wanted}, got {found!r}: {reason}")
     main = {ours: _get(settings, *there) for ours, there in SETTINGS.items()}
     mixer = {ours: _get(settings, *there) for ours, there in MIXER.items()}
-    head = _get(settings, "head_dim", int, main["width"] // mixer["heads"])
+    head = _get(settings, "head_dim", int, main["width"] // max(mixer["heads"], 1))
     base, scaling = _rotary(settings)
     dtype = settings.get("dtype") or settings.get("torch_dtype")
     return ModelConfig(
@@ -223,7 +223,9 @@ def save(
     mixer = _check_llama(config)
     params = _leaves(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
     holders = _holders(config, params)
-    about = _to_json(config, mixer) | {"torch_dtype": dtype}
+    sizes = [level.hidden for level in config.continuum.levels]
+    hidden = sizes[holders[0]] if config.continuum.variant == "sequential" else sum(sizes)
+    about = _to_json(config, mixer, hidden) | {"torch_dtype": dtype}
     if bos is not None:
         about |= {"bos_token_id": bos, "eos_token_id": bos}
     with _whole(folder) as new:
@@ -283,9 +285,8 @@ def _continuum(hidden: int, layers: int, stacking: Stacking) -> ContinuumConfig:
     return ContinuumConfig(variant=variant, levels=(level,) * count)
 
 
-def _to_json(config: ModelConfig, mixer: AttentionConfig) -> dict[str, Any]:
+def _to_json(config: ModelConfig, mixer: AttentionConfig, hidden: int) -> dict[str, Any]:
     """Undoes `describe`."""
-    hidden = [level.hidden for level in config.continuum.levels]
     about: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
     about |= {name: wanted for name, (wanted, _) in WANTED.items() if wanted is not None}
     about |= {name: getattr(config, ours) for ours, (name, *_) in SETTINGS.items()}
@@ -293,7 +294,7 @@ def _to_json(config: ModelConfig, mixer: AttentionConfig) -> dict[str, Any]:
     about |= {
         "num_key_value_heads": mixer.groups or mixer.heads,
         "head_dim": mixer.head_width or config.width // mixer.heads,
-        "intermediate_size": sum(hidden) if config.continuum.variant != "sequential" else hidden[0],
+        "intermediate_size": hidden,
         "rope_theta": mixer.rotary_base,
     }
     for kind, (scaling, names) in ROTARY.items():
