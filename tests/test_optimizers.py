@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hope_jax.optimizers as hopt
@@ -139,6 +140,41 @@ def test_tiny_huge_and_zero_gradients_move_by_finite_amounts(name):
     params = draw(0)
     _, _, updates = step(params, tx.init(params), 0.0)
     assert not any(x.any() for x in jax.tree.leaves(updates))
+
+
+@every_optimizer
+def test_gradients_that_are_mostly_zero_move_by_finite_amounts_and_sparse_arrays_are_refused(name):
+    params = draw(0, names=("tall", "embedding"))
+    tx = make(name)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for row, factor in enumerate((1e-6, 1.0, 1e6)):
+        grads = {k: jnp.zeros(x.shape).at[row].set(factor) for k, x in params.items()}
+        updates, state = update(grads, state, params)
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+    bcoo = {"w": BCOO.fromdense(jnp.eye(3))}
+    with pytest.raises(ValueError, match="must be dense arrays of real numbers, got int32 for"):
+        hopt.OPTIMIZERS[name]().build(0.1).init(bcoo)
+
+
+@every_optimizer
+def test_a_schedule_gives_each_step_its_rate(name):
+    params = draw(0, names=("tall", "norm"))
+    rates = (0.2, 0.05)
+    config = hopt.OPTIMIZERS[name]()
+    alone = [config.build(rate, info=INFO) for rate in rates]
+    whole = config.build(lambda step: jnp.array(rates)[step], info=INFO)
+    all_of_them = [whole, *alone]
+
+    @jax.jit
+    def step(grads, states):
+        moved = [tx.update(grads, one, params) for tx, one in zip(all_of_them, states, strict=True)]
+        return [update for update, _ in moved], [one for _, one in moved]
+
+    states = [tx.init(params) for tx in all_of_them]
+    for t in range(2):
+        (scheduled, *constant), states = step(draw(t + 1, names=("tall", "norm")), states)
+        for key, update in scheduled.items():
+            np.testing.assert_allclose(update, constant[t][key], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in hopt.OPTIMIZERS if name not in BY_ELEMENT])

@@ -320,12 +320,18 @@ def descend(
       info: Metadata of the parameters; None goes by the number of axes.
 
     Raises:
-      ValueError: A rate is negative.
+      ValueError: A rate is negative; when initialised, a parameter is not made of real numbers.
     """
     check_weight({"weight_decay": weight_decay})
     if isinstance(learning_rate, float | int):
         check_weight({"learning_rate": learning_rate})
-    step = optax.scale_by_learning_rate(learning_rate)
+    scale = optax.scale_by_learning_rate(learning_rate)
+
+    def init(params: optax.Params) -> optax.OptState:
+        _check_real(params)
+        return scale.init(params)
+
+    step = optax.GradientTransformation(init, scale.update)
     if weight_decay == 0:
         return step
     decay = optax.add_decayed_weights(weight_decay, lambda tree: decay_mask(tree, info))
@@ -372,6 +378,16 @@ def check_weight(numbers: Mapping[str, float | int]) -> None:
     for name, number in numbers.items():
         if not number >= 0:
             raise ValueError(f"{name} must be at least 0, got {number}")
+
+
+def _check_real(params: optax.Params) -> None:
+    """Refuses whole numbers, as the indices of sparse arrays are, and complex ones."""
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"parameters must be dense arrays of real numbers, got {x.dtype} for "
+                f"{jax.tree_util.keystr(path)}"
+            )
 
 
 def divide(x: Array, by: Array | float) -> Array:
