@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from hope_jax.modules.split import with_halo
 from hope_jax.ops.convolution import causal_convolution
 from hope_jax.ops.linear import linear
 from hope_jax.shapes import Activations, Starts, Tokens
@@ -153,7 +154,7 @@ class Convolution(nnx.Module):
         starts: Starts | None = None,
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B P E"]]:
         """Returns the mixed input, and the last inputs to go on with."""
-        return causal_convolution(x, self.weight[...].astype(x.dtype), memory, starts)
+        return with_halo(causal_convolution, x, self.weight[...].astype(x.dtype), memory, starts)
 
 
 class Embedding(nnx.Module):

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from hope_jax.shapes import Starts
@@ -62,6 +61,8 @@ def on_mesh(
         return op(tokens, initial, memory, starts)
     batch, time, heads = jax.tree.leaves(tokens)[0].shape[:3]
     through = partial(_whole, op)
+    # Where they come from: the split of a projection into its parts is not to be moved as well.
+    tokens = jax.tree.map(lambda x: constrain(x, _named(("batch", "time", "heads"), x)), tokens)
     names: tuple[str | None, str] = None, HEADS
     length = pieces("time", mesh)
     if length > 1 and time % length == 0 and time >= length:
@@ -72,11 +73,7 @@ def on_mesh(
     when, who = names
 
     def lay(axes: tuple[str | None, ...], tree: Tree) -> Tree:
-        def one(x: Array) -> PartitionSpec:
-            shape = jnp.shape(x)
-            return spec((axes + (None,) * len(shape))[: len(shape)], shape, mesh)
-
-        return jax.tree.map(one, tree)
+        return jax.tree.map(lambda x: spec(_named(axes, x), x.shape, mesh), tree)
 
     kept = lay(("batch", who), jax.eval_shape(partial(fresh, batch=batch), initial))
     into = (
@@ -106,6 +103,62 @@ def for_attention(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
         return constrain(q, names), constrain(k, names), constrain(v, names)
     whole = ("batch", None, "heads", None)
     return constrain(q, ("batch", "time", "heads", None)), constrain(k, whole), constrain(v, whole)
+
+
+def with_halo(
+    op: Callable[[Array, Array, Array | None, Starts | None], tuple[Array, Array]],
+    x: Float[Array, "B T E"],
+    weight: Float[Array, "window E"],
+    memory: Float[Array, "B P E"] | None,
+    starts: Starts | None,
+) -> tuple[Float[Array, "B T E"], Float[Array, "B P E"]]:
+    """Calls a convolution whose memory are its last inputs, where tokens are split over devices.
+
+    Each device takes the last P inputs of the device before it for its memory; no other token is
+    sent.
+
+    Args:
+      op: From inputs, weights, memory and starts to outputs and memory.
+      x: Inputs.
+      weight: Weights.
+      memory: The inputs before; None for none.
+      starts: Document starts.
+
+    Returns:
+      The outputs, and the memory after the last token.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    past = weight.shape[0] - 1
+    if mesh.empty or mesh.manual_axes:
+        return op(x, weight, memory, starts)
+    length = pieces("time", mesh)
+    if length == 1 or x.shape[1] % length or x.shape[1] // length < past:
+        return op(x, weight, memory, starts)
+    if memory is None:
+        memory = jnp.zeros((x.shape[0], past, x.shape[2]), x.dtype)
+    axis = RULES["time"]
+
+    def local(x, weight, memory, starts):
+        index = jax.lax.axis_index(axis)
+        _, own = op(x, weight, None, starts)
+        onward = [(here, here + 1) for here in range(length - 1)]
+        before = jnp.where(index == 0, memory, jax.lax.ppermute(own, axis, onward))
+        y, end = op(x, weight, before, starts)
+        return y, jax.lax.psum(jnp.where(index == length - 1, end, 0), axis)
+
+    into = spec(("batch", "time", "heads"), x.shape, mesh)
+    kernel = spec((None, "heads"), weight.shape, mesh)
+    kept = spec(("batch", None, "heads"), memory.shape, mesh)
+    marks = None if starts is None else spec(("batch", "time"), starts.shape, mesh)
+    run = jax.shard_map(
+        local, in_specs=(into, kernel, kept, marks), out_specs=(into, kept), check_vma=False
+    )
+    return run(x, weight, memory, starts)
+
+
+def _named(axes, x):
+    """Names for all axes of an array, of which the first ones have some."""
+    return (axes + (None,) * x.ndim)[: x.ndim]
 
 
 def _whole(op, tokens, initial, memory, starts):
