@@ -64,6 +64,8 @@ def carried(arrays, options, position):
 
 CASES = [
     ("linear", "plain", None, False),
+    ("linear", "plain", None, True),
+    ("linear", "erasing", None, True),
     ("linear", "nested", 5, True),
     ("mlp", "plain", None, True),
     ("mlp", "erasing", None, False),
@@ -95,6 +97,19 @@ def test_chunked_is_the_reference_in_values_and_gradients(shapes, options, posit
         both[form] = result, floats(slopes)
     close(both["chunked"], both["reference"])
     assert all(np.abs(slope).max() > 0 for slope in both["chunked"][1][:3])
+
+
+@pytest.mark.parametrize("options", ["plain", "erasing"])
+def test_chunks_that_are_solved_together_are_chunks_one_by_one(options, monkeypatch):
+    arrays, where = random_call("linear", options, time=23)  # two groups, a chunk, three tokens
+    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 11)
+    reference = call(arrays, where, options, "reference")
+    close(call(arrays, where, options, "chunked"), reference)
+    spoiled = (arrays[0], arrays[1].at[0, 5].set(jnp.inf), *arrays[2:])
+    fast = call(spoiled, None, options)[1].fast
+    assert fast.skipped.tolist() == [2, 0]
+    assert fast.writes.tolist() == [3, 5]
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(fast))
 
 
 def test_the_reference_is_the_equation_by_hand():

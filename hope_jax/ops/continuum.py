@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import Form, pick
+from hope_jax.ops.triangular import unit_lower_inverse
 
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+
+TOGETHER = 512
+"""Tokens whose chunks are solved at once where one linear layer learns in shorter ones."""
 
 Matrices = tuple[Array, ...]
 """The layers of a network, each `[P, I, O]`: P projections of one input, whose outputs are
@@ -340,9 +344,11 @@ def chunked(
     """Goes from chunk to chunk; inside one all is matrix products.
 
     What does not depend on D is computed before the scan, and D is first read in the second chunk.
-    A call that continues a memory is laid on a grid of tiles, each a part of a chunk and no longer
-    than the call, with padding in front and behind that teaches nothing. The backward pass keeps
-    the deltas at the beginnings of chunks and computes each chunk a second time.
+    Chunks shorter than `TOGETHER` tokens are solved several at a time where that can be done, see
+    `_together`; of such a group all moves are left out if one is not finite. A call that continues
+    a memory is laid on a grid of tiles, each a part of a chunk and no longer than the call, with
+    padding in front and behind that teaches nothing. The backward pass keeps the deltas at
+    the beginnings of chunks and computes each chunk a second time.
     """
     tokens = _Tokens(
         x=x,
@@ -387,12 +393,18 @@ def _from_nothing(setting, pace, weights, tokens):
     size = min(setting.chunk, time)
     whole = time // setting.chunk
     fast = _fresh(tokens.x, weights, pace).fast
-    y, taught = _tile(setting, weights, None, _cut(tokens, 0, size))
-    fast = fast._replace(pending=taught)
-    if not whole:
-        return y, fast
+    joined = _joined(setting, weights, whole)
+    if joined > 1:
+        done = whole // joined * joined
+        y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined)
+    else:
+        done = 1
+        y, taught = _tile(setting, weights, None, _cut(tokens, 0, size))
+        fast = fast._replace(pending=taught)
+        if not whole:
+            return y, fast
+        fast = _move(setting, pace, fast, jnp.asarray(size))
     answers = [y]
-    fast = _move(setting, pace, fast, jnp.asarray(size))
     nothing = jax.eval_shape(lambda: fast.pending)
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -403,15 +415,170 @@ def _from_nothing(setting, pace, weights, tokens):
         fast, y = _read(setting, weights, Fast(pending, *carry), part)
         return _move(setting, pace, fast, (index + 1) * size)[1:], y
 
-    if whole > 1:
-        rest = jax.tree.map(lambda a: _chunks(a, size, whole * size), tokens)
-        carry, y = jax.lax.scan(step, fast[1:], (rest, jnp.arange(1, whole)))
+    if whole > done:
+        rest = jax.tree.map(lambda a: _chunks(a[:, done * size : whole * size], size), tokens)
+        carry, y = jax.lax.scan(step, fast[1:], (rest, jnp.arange(done, whole)))
         fast = Fast(fast.pending, *carry)
         answers.append(jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1]))
     if time % size:
         fast, y = _read(setting, weights, fast, _cut(tokens, whole * size, time))
         answers.append(y)
     return jnp.concatenate(answers, 1), fast
+
+
+def _joined(setting, weights, whole):
+    """How many of `whole` chunks are solved at a time; 1 where each decides on the next."""
+    if len(weights) > 1 or setting.outer is not None or setting.surprise:
+        return 1
+    return max(1, min(TOGETHER // setting.chunk, whole))
+
+
+class _Decays(NamedTuple):
+    """What moves leave of each other, as tables over the chunks of a group.
+
+    Attributes:
+      carry: The share of the first deltas in those before chunk n, or after the last.
+      swept: The share of the first momentum in them; None without momentum.
+      later: The share of a move in the deltas n moves on.
+      momentum: The share of a move in the momentum n moves on; None without.
+      momentum_carry: The share of the first momentum in the last; None without.
+    """
+
+    carry: Float[Array, " N+1"]
+    swept: Float[Array, " N+1"] | None
+    later: Float[Array, " N"]
+    momentum: Float[Array, " N"] | None
+    momentum_carry: Float[Array, ""] | None
+
+
+def _decays(pace: Pace, count: int) -> _Decays:
+    steps = jnp.arange(count + 1)
+    carry = pace.retain**steps
+    if pace.momentum is None:
+        return _Decays(carry, None, carry[:-1], None, None)
+    lasting = pace.momentum**steps
+    between = (
+        steps[:, None] - steps
+    )  # the deltas n moves on see a move through each momentum so far
+    kept = jnp.where(between >= 0, pace.retain ** jnp.maximum(between, 0), 0)
+    later = (1 - pace.momentum) * (kept @ lasting)
+    swept = jnp.where(steps > 0, kept[:, 1:] @ lasting[1:], 0)
+    return _Decays(carry, swept, later[:-1], (1 - pace.momentum) * lasting[:-1], lasting[-1])
+
+
+class _Group(NamedTuple):
+    """What of a group of chunks does not depend on the deltas it begins with.
+
+    Attributes:
+      x: The inputs h.
+      slow: What the slow weights make of them.
+      error: The errors of pairs, at deltas of zero; zero where a token is no key.
+      keys: Whether a token is the key of a pair.
+      step: The rate of its chunk over the chunk's energy; zero where it is no key.
+      document: Which document of the group a token is in.
+      mixing: `(I + L)^-1 - I`.
+    """
+
+    x: Float[Array, "B S I"]
+    slow: Float[Array, "B S V"]
+    error: Float[Array, "B S V"]
+    keys: Bool[Array, "B S"]
+    step: Float[Array, "B S"]
+    document: Int[Array, "B S"]
+    mixing: Float[Array, "B S S"]
+
+
+def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
+    """Reads groups of `joined` chunks of a linear layer, each with one triangular solve.
+
+    What D adds to the answer of token t is linear in the errors of earlier chunks. With g = 1, or 2
+    where moves erase, `later` the decay from the move after a pair's chunk to t's chunk, e_s the
+    error of pair s without D and A_s what D adds to the answer of its key:
+
+        A_t = (what the group's first deltas and momentum add) - sum_s L_ts / g (e_s + g A_s)
+        L_ts = g later step_s <h_t, h_s>     s in an earlier chunk, and the same document, as t
+
+    so `A = A' + ((I + L)^-1 - I) (A' + e / g)` with A' the first part. Overlaps and inverses of all
+    groups are computed at once; from group to group three matrix products are left. FLOPs a token
+    for groups of S tokens: 2 S (I + O) and about S^2 beside the 4 I O of chunk by chunk.
+    """
+    size = joined * setting.chunk
+    gain = 2 if setting.dgd else 1
+    decays = _decays(pace, joined)
+    place = jnp.arange(size) // setting.chunk
+    parts = jax.tree.map(lambda a: _chunks(a, size), tokens._replace(pairs=None))
+    groups = jax.vmap(partial(_group, setting, pace, decays, gain))(parts)
+    wide = _wide(tokens.x.dtype)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(carry, group):
+        delta, momentum, *counts = carry
+        x, document = group.x, group.document
+        product = partial(jnp.einsum, preferred_element_type=wide)
+        added = decays.carry[place][:, None] * product("BSI,BIO->BSO", x, delta.astype(x.dtype))
+        if momentum is not None:
+            swept = product("BSI,BIO->BSO", x, momentum.astype(x.dtype))
+            added = added + decays.swept[place][:, None] * swept
+        added = _where(document == 0, added)
+        mixed = (added + group.error / gain).astype(x.dtype)
+        added = added + product("BSD,BDO->BSO", group.mixing, mixed)
+        taught = group.error + gain * _where(group.keys, added)
+        steps = jnp.where(document == document[:, -1:], group.step, 0)
+
+        def total(shares):
+            shares = (shares[joined - 1 - place] * steps)[..., None]
+            return product("BSI,BSO->BIO", x, (shares * taught).astype(x.dtype))
+
+        kept = _rows(document[:, -1] == 0, delta)
+        new = jnp.where(kept, decays.carry[-1] * delta, 0) - total(decays.later)
+        if momentum is not None:
+            new = new + jnp.where(kept, decays.swept[-1] * momentum, 0)
+            last = jnp.where(kept, decays.momentum_carry * momentum, 0)
+            momentum = last - total(decays.momentum)
+        finite = _finite((new, momentum))
+        still = jax.tree.map(lambda a: jnp.where(kept, a, 0), carry[:2])
+        new, momentum = jax.tree.map(
+            lambda a, b: jnp.where(_rows(finite, a), a, b), (new, momentum), still
+        )
+        writes, skipped = counts
+        counts = writes + joined * finite, skipped + joined * ~finite
+        return (new, momentum, *counts), group.slow + added.astype(x.dtype)
+
+    momentum = None if fast.momentum is None else fast.momentum[0][:, 0]
+    carry = (fast.delta[0][:, 0], momentum, fast.writes, fast.skipped)
+    (delta, momentum, writes, skipped), y = jax.lax.scan(step, carry, groups)
+    y = jnp.moveaxis(y, 0, 1).reshape(len(tokens.x), -1, y.shape[-1])
+    return y, fast._replace(
+        delta=(delta[:, None],),
+        momentum=None if momentum is None else (momentum[:, None],),
+        writes=writes,
+        skipped=skipped,
+    )
+
+
+def _group(setting, pace, decays: _Decays, gain: int, tokens: _Tokens) -> _Group:
+    """Works out what does not depend on the deltas that a group begins with."""
+    x, slow, values, starts, _ = tokens
+    wide, chunk = _wide(x.dtype), setting.chunk
+    batch, size = x.shape[:2]
+    index = jnp.arange(size)
+    place = index // chunk
+    keys = jnp.broadcast_to((index + 1) % chunk != 0, (batch, size))
+    document = jnp.zeros((batch, size), jnp.int32)
+    if starts is not None:
+        document = jnp.cumsum(starts, -1)
+        keys = keys & (document == jnp.repeat(document[:, chunk - 1 :: chunk], chunk, axis=1))
+    slow = slow[:, :, 0]
+    error = _where(keys, slow.astype(wide) - jnp.roll(values, -1, axis=1).astype(wide))
+    energy = jnp.sum(_where(keys, x).astype(wide) ** 2, -1).reshape(batch, -1, chunk).sum(-1)
+    step = jnp.where(keys, jnp.repeat(pace.rate / (1 + energy), chunk, axis=1), 0)
+    between = place[:, None] - 1 - place
+    shares = jnp.where(between >= 0, decays.later[jnp.maximum(between, 0)], 0)
+    overlap = jnp.einsum("BSI,BDI->BSD", x, x, preferred_element_type=wide)
+    lower = gain * shares * overlap * step[:, None, :]
+    lower = jnp.where(document[:, :, None] == document[:, None, :], lower, 0)
+    mixing = (unit_lower_inverse(lower) - jnp.eye(size, dtype=wide)).astype(x.dtype)
+    return _Group(x, slow, error, keys, step, document, mixing)
 
 
 def _go_on(setting, pace, weights, tokens, memory):
@@ -627,9 +794,8 @@ def _cut(tokens, start, stop):
     return jax.tree.map(lambda a: a[:, start:stop], tokens)
 
 
-def _chunks(array, size, end):
-    """Cuts `[B, T, ...]` into the chunks behind the first, `[N, B, C, ...]`."""
-    array = array[:, size:end]
+def _chunks(array, size):
+    """Cuts `[B, T, ...]` into `[N, B, C, ...]`."""
     return jnp.moveaxis(array.reshape(len(array), -1, size, *array.shape[2:]), 1, 0)
 
 
