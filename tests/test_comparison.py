@@ -109,7 +109,7 @@ def test_the_report_needs_nothing_else_and_records_are_whole(tmp_path):
         assert text in page
     records = json.loads((folder / "records.json").read_text())
     by_name = {one["name"]: one for one in records}
-    state = by_name["compare/compare/valley/adamw/state"]
+    state = by_name["compare/valley/adamw/state"]
     assert state["value"] == pytest.approx((2 * 2 * 4 + 2 * 4) / 2)
     assert state.keys() == {"name", "value", "unit", "device", "date", "commit", "command", "notes"}
 

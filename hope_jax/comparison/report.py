@@ -110,11 +110,13 @@ def rank(task: str, results: Results, goal: float | None) -> list[Row]:
 
 
 def plain(value: Any) -> Any:
-    """Replaces numbers that JSON lacks by null."""
+    """Makes a tree what JSON has: NumPy's numbers are plain ones, those that it lacks are null."""
     if isinstance(value, dict):
         return {name: plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -199,36 +201,37 @@ def _columns(rows: list[Row], goal: float | None) -> dict[str, list[str]]:
 
 
 def _records(name: str, rows: list[Row], goal: float | None) -> list[dict[str, Any]]:
-    """The figures of a task in the form of all benchmarks."""
+    """The figures of a task in the form of all benchmarks, those of runs with their spread."""
     records = []
     for row in rows:
+        steps, losses = _curve(row.runs)
+        some = np.unique(np.linspace(0, len(steps) - 1, 16).round().astype(int))
         notes = {
             "rate": row.rate,
             "edge": row.edge,
-            "rates": row.by_rate[0].tolist(),
-            "valid_by_rate_and_seed": np.round(row.by_rate[1], 5).tolist(),
-            "curve": {
-                "steps": row.runs[0]["valid_steps"],
-                "valid_mean": np.round(_curve(row.runs)[1].mean(0), 5).tolist(),
-            },
+            "seeds": len(row.runs),
+            "valid_by_rate": dict(
+                zip(map(str, row.by_rate[0]), row.by_rate[1].mean(1).round(5), strict=True)
+            ),
+            "valid_by_step": dict(
+                zip(map(str, steps[some]), losses.mean(0)[some].round(5), strict=True)
+            ),
             **row.runs[0]["about"],
         }
-        figures = {
-            "valid_loss": (row.valid.mean(), "loss"),
-            "valid_loss_spread": (np.ptp(row.valid), "loss, highest less lowest seed"),
-            "step": (row.step_ms, "ms"),
-            "update": (row.update_ms, "ms"),
-            "state": (row.state, "bytes per parameter"),
+        figures: dict[str, tuple[np.ndarray, str, dict[str, Any]]] = {
+            "valid_loss": (row.valid, "loss", notes),
+            "step": (np.array([row.step_ms]), "ms", {}),
+            "update": (np.array([row.update_ms]), "ms", {}),
+            "state": (np.array([row.state]), "bytes per parameter", {}),
         }
         if goal is not None:
-            figures["steps_to_goal"] = (row.to_goal.mean(), f"steps to stay below {goal:g}")
+            figures["steps_to_goal"] = row.to_goal, f"steps to stay below {goal:g}", {}
         for measure in row.runs[0]["test"]:
             values = np.array([_number(run["test"][measure]) for run in row.runs])
-            figures[f"test_{measure}"] = (values.mean(), measure)
-            figures[f"test_{measure}_spread"] = (np.ptp(values), f"{measure}, highest less lowest")
-        for key, (value, unit) in figures.items():
-            only = notes if key == "valid_loss" else ""
-            made = record(f"compare/{name}/{row.name}/{key}", value, unit, only)
+            figures[f"test_{measure}"] = values, measure, {}
+        for key, (values, unit, more) in figures.items():
+            spread = {"lowest": values.min(), "highest": values.max()} if values.size > 1 else {}
+            made = record(f"{name}/{row.name}/{key}", values.mean(), unit, {**spread, **more})
             records.append({**made, "device": row.runs[0]["device"]})
     return records
 
