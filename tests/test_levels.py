@@ -1,5 +1,6 @@
 """The outer clock: a level moves in its steps and in no other, whatever optimizer is inside."""
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -7,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from small_models import MODELS, VOCABULARY
 
 import hope_jax.optimizers as hopt
 from hope_jax.optimizers.parameters import ParamInfo
+from hope_jax.shapes import Batch
+from hope_jax.training.step import TrainState, outline, train_step
 
 PERIODS = (1, 2, 4)
 
@@ -168,6 +173,44 @@ def test_a_gradient_that_is_not_finite_does_not_move_a_resting_level():
     grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     assert bits(optax.apply_updates(params, updates)["slow"]) == bits(params["slow"])
+
+
+@pytest.mark.parametrize("name", hopt.OPTIMIZERS)
+def test_a_frozen_level_keeps_every_bit_and_has_no_state(name):
+    rule = hopt.OPTIMIZERS[name]()
+    inner = lambda _: rule.build(1e-2, weight_decay=0.1, info=some_info())  # noqa: E731
+    frozen = hopt.levels(inner, (1, None, 2), info=some_info())
+    moving = hopt.levels(inner, (1, 2, 2), info=some_info())
+    (before, _), *_, (after, state) = run(frozen, 2)
+    assert bits(before["middle"]) == bits(after["middle"])
+    for level in ("free", "fast", "slow"):
+        assert bits(before[level]) != bits(after[level])
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    assert not any("middle" in jax.tree_util.keystr(path) for path, _ in paths)
+    assert len(jax.tree.leaves(state)) < len(jax.tree.leaves(moving.init(some_params())))
+
+
+def test_accumulated_gradients_move_levels_in_the_same_steps():
+    model = outline(partial(MODELS["hope_attention"].build, seed=0))
+    info = hopt.describe(model.variables)
+    tx = hopt.levels(lambda _: optax.sgd(0.1, momentum=0.9), (2, 3), info=info)
+    tokens = jax.random.randint(jax.random.key(0), (6, 4, 9), 0, VOCABULARY)
+    ends = []
+    for accumulate in (1, 2):
+        params = nnx.to_pure_dict(nnx.split(model.build(), nnx.Param)[1])
+        state = TrainState(
+            jnp.int32(0), params, tx.init(params), jax.random.key(0), *[jnp.int32(0)] * 2
+        )
+        step = jax.jit(partial(train_step, model.graphdef, tx, accumulate))
+        for index, window in enumerate(tokens):
+            before = state.params["blocks"]["continuum"]["levels"]
+            state, _ = step(state, Batch(window, jnp.zeros(window.shape, bool)))
+            after = state.params["blocks"]["continuum"]["levels"]
+            for level, period in enumerate((2, 3)):
+                moved = bits(before[level]) != bits(after[level])
+                assert moved == ((index + 1) % period == 0)
+        ends.append(state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *ends)
 
 
 def test_a_schedule_is_read_at_the_steps_in_which_a_level_moves():

@@ -13,18 +13,20 @@ from hope_jax.optimizers.parameters import ParamInfo, with_info
 
 Reduce = Literal["mean", "sum"]
 
+_FROZEN = 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LevelsConfig:
     """How often the levels of a model move.
 
     Attributes:
-      periods: Optimizer steps between two moves of level 0, 1, ...; parameters without a level
-        move at every step.
+      periods: Optimizer steps between two moves of level 0, 1, ..., null for a level that is
+        frozen; parameters without a level move at every step.
       reduce: What a move sees of the gradients since the last one: their "mean" or their "sum".
     """
 
-    periods: tuple[int, ...]
+    periods: tuple[int | None, ...]
     reduce: Reduce = "mean"
 
     def __post_init__(self):
@@ -85,8 +87,7 @@ def every(
             )
 
         def rest(total, old):
-            still = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
-            return still, EveryState(count, total, old)
+            return jax.tree.map(_still, shapes), EveryState(count, total, old)
 
         shapes = jax.eval_shape(move, total, state.inner)[0]
         return jax.lax.cond(count == period, move, rest, total, state.inner)
@@ -94,9 +95,18 @@ def every(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def frozen() -> optax.GradientTransformation:
+    """Keeps every bit of its parameters and has no state."""
+
+    def update(updates, state, params=None):  # noqa: ARG001 (optax's signature)
+        return jax.tree.map(_still, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def levels(
     inner: Callable[[int], optax.GradientTransformation],
-    periods: Sequence[int],
+    periods: Sequence[int | None],
     *,
     reduce: str = "mean",
     info: PyTree[ParamInfo] | None = None,
@@ -112,7 +122,7 @@ def levels(
     Args:
       inner: Called with a period, returns the whole optimizer for parameters that move so often
         (so that a schedule can be stretched: see `stretched`). Often `lambda _: optimizer`.
-      periods: Of level 0, 1, ...
+      periods: Of level 0, 1, ...; None freezes a level.
       reduce: "mean" or "sum" of the gradients between two moves.
       info: Metadata that says which level a parameter belongs to; those of level None, and all
         where `info` is None, move at every step.
@@ -123,7 +133,8 @@ def levels(
     References:
       Behrouz et al., "Nested Learning", 2025, equation 71.
     """
-    for period in periods:
+    moving = {1, *(period for period in periods if period is not None)}
+    for period in moving:
         _check(period, reduce)
 
     def label(one: ParamInfo, _: Array) -> int:
@@ -134,10 +145,11 @@ def levels(
                 f"periods must have one entry for each level, got {len(periods)} entries "
                 f"and a parameter of level {one.level}"
             )
-        return periods[one.level]
+        return periods[one.level] or _FROZEN
 
+    rules = {period: every(inner(period), period, reduce=reduce) for period in moving}
     return optax.partition(
-        {period: every(inner(period), period, reduce=reduce) for period in {1, *periods}},
+        {_FROZEN: frozen(), **rules} if None in periods else rules,
         lambda tree: with_info(label, tree, info=info),
     )
 
@@ -152,6 +164,11 @@ def _check(period: int, reduce: str) -> None:
         raise ValueError(f"period must be at least 1, got {period}")
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce must be mean or sum, got {reduce!r}")
+
+
+def _still(x: Array | jax.ShapeDtypeStruct) -> Array:
+    """An update that moves nothing."""
+    return jnp.full(x.shape, -0.0, x.dtype)
 
 
 def _wide(x: Array) -> jnp.dtype:
