@@ -150,7 +150,7 @@ def spec(
     names = (None,) * (len(shape) - len(names)) + tuple(names)
     parts: list[tuple[str, ...] | None] = []
     for name, length in zip(names, shape, strict=True):
-        axes = [axis for axis in RULES.get(name or "", ()) if mesh.shape.get(axis, 1) > 1]
+        axes = [axis for axis in RULES.get(name or "", ()) if axis in mesh.shape]
         while length % prod(mesh.shape[axis] for axis in axes):
             axes.pop()
         parts.append(tuple(axes) or None)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from small_models import MODELS, SWIGLU, VOCABULARY
 from toy_run import compiled_once
 
@@ -122,6 +123,15 @@ def test_state_is_split_over_the_sequence_as_well():
         params = step.abstract_params(step.outline(partial(HOPE.build, seed=0)))
     table = params["embedding"]["table"]
     assert table.sharding.shard_shape(table.shape) == (VOCABULARY, 16 // 8)
+
+
+def test_an_axis_of_one_device_is_named_like_others():
+    """Else what is computed on the axis alone is summed over it, in bfloat16 to XLA's dismay."""
+    mesh = MeshConfig(data=8).build()
+    assert sharding.spec(("batch", "time", None), (8, 4, 3), mesh) == PartitionSpec(
+        ("data", "fsdp"), ("sequence",), None
+    )
+    assert sharding.spec(("batch",), (7,), mesh) == PartitionSpec(None)
 
 
 def choose(devices, **sizes):
