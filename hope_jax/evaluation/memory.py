@@ -54,7 +54,7 @@ class Memory:
         tokens = self._tokens(subject)
         model = subject.model
         stride = -(-tokens.shape[1] // self.points)
-        memory, places, rows = None, [], []
+        memory, places, rows = read(model, tokens[:, :0]), [], []
         for start in subject.track(range(0, tokens.shape[1], stride)):
             memory = read(model, tokens[:, start : start + stride], memory)
             places.append(min(start + stride, tokens.shape[1]))

@@ -107,8 +107,16 @@ class SpreadConfig:
         """Makes the levels, fastest first."""
         slower = range(self.levels - 1, -1, -1)
         chunks = [self.lowest_frequency // RATIO**steps for steps in slower]
-        pace = PRESETS[self.preset]
-        return tuple(LevelConfig(hidden=self.hidden, chunk=chunk, **pace) for chunk in chunks)
+        return tuple(
+            LevelConfig(
+                hidden=self.hidden,
+                chunk=chunk,
+                rate=PRESETS[self.preset]["rate"],
+                retain=PRESETS[self.preset]["retain"],
+                momentum=PRESETS[self.preset]["momentum"],
+            )
+            for chunk in chunks
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -438,32 +438,33 @@ class _Decays(NamedTuple):
 
     Attributes:
       carry: The share of the first deltas in those before chunk n, or after the last.
-      swept: The share of the first momentum in them; None without momentum.
+      swept: The share of the first momentum in them.
       later: The share of a move in the deltas n moves on.
-      momentum: The share of a move in the momentum n moves on; None without.
-      momentum_carry: The share of the first momentum in the last; None without.
+      momentum: The share of a move in the momentum n moves on.
+      momentum_carry: The share of the first momentum in the last.
     """
 
     carry: Float[Array, " N+1"]
-    swept: Float[Array, " N+1"] | None
+    swept: Float[Array, " N+1"]
     later: Float[Array, " N"]
-    momentum: Float[Array, " N"] | None
-    momentum_carry: Float[Array, ""] | None
+    momentum: Float[Array, " N"]
+    momentum_carry: Float[Array, ""]
 
 
 def _decays(pace: Pace, count: int) -> _Decays:
     steps = jnp.arange(count + 1)
-    carry = pace.retain**steps
-    if pace.momentum is None:
-        return _Decays(carry, None, carry[:-1], None, None)
-    lasting = pace.momentum**steps
-    between = (
-        steps[:, None] - steps
-    )  # the deltas n moves on see a move through each momentum so far
+    share = jnp.zeros(()) if pace.momentum is None else pace.momentum
+    lasting = share**steps
+    # The deltas n moves on see a move through each momentum since.
+    between = steps[:, None] - steps
     kept = jnp.where(between >= 0, pace.retain ** jnp.maximum(between, 0), 0)
-    later = (1 - pace.momentum) * (kept @ lasting)
-    swept = jnp.where(steps > 0, kept[:, 1:] @ lasting[1:], 0)
-    return _Decays(carry, swept, later[:-1], (1 - pace.momentum) * lasting[:-1], lasting[-1])
+    return _Decays(
+        carry=pace.retain**steps,
+        swept=jnp.where(steps > 0, kept[:, 1:] @ lasting[1:], 0),
+        later=(1 - share) * (kept @ lasting)[:-1],
+        momentum=(1 - share) * lasting[:-1],
+        momentum_carry=lasting[-1],
+    )
 
 
 class _Group(NamedTuple):
@@ -506,7 +507,7 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
     gain = 2 if setting.dgd else 1
     decays = _decays(pace, joined)
     place = jnp.arange(size) // setting.chunk
-    parts = jax.tree.map(lambda a: _chunks(a, size), tokens._replace(pairs=None))
+    parts = jax.tree.map(lambda a: _chunks(a, size), tokens)
     groups = jax.vmap(partial(_group, setting, pace, decays, gain))(parts)
     wide = _wide(tokens.x.dtype)
 

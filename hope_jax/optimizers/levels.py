@@ -1,6 +1,6 @@
 """The outer clock of the continuum memory system: each level moves at a frequency of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -101,7 +101,7 @@ def frozen() -> optax.GradientTransformation:
     def update(updates, state, params=None):  # noqa: ARG001 (optax's signature)
         return jax.tree.map(_still, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # noqa: ARG005
 
 
 def levels(
@@ -147,9 +147,13 @@ def levels(
             )
         return periods[one.level] or _FROZEN
 
-    rules = {period: every(inner(period), period, reduce=reduce) for period in moving}
+    rules: dict[Hashable, optax.GradientTransformation] = {
+        period: every(inner(period), period, reduce=reduce) for period in moving
+    }
+    if None in periods:
+        rules[_FROZEN] = frozen()
     return optax.partition(
-        {_FROZEN: frozen(), **rules} if None in periods else rules,
+        rules,
         lambda tree: with_info(label, tree, info=info),
     )
 
