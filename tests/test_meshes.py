@@ -188,3 +188,19 @@ def test_what_a_mesh_does_not_divide_is_refused_before_anything_is_read(sizes, r
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused():
     with pytest.raises(ValueError, match="sequence=3 must multiply to the number of devices"):
         MeshConfig(data=2, sequence=3).build()
+
+
+def test_a_kernel_is_launched_by_each_device_for_its_own_rows_and_heads():
+    options = {"heads": 2, "head_width": 16, "chunk_memory": 16, "chunk_projections": 16}
+    mixer = replace(HOPE.mixer, **options)
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=(2, 16)).astype(np.int32)
+
+    def read(form):
+        model = replace(HOPE, layers=1, mixer=replace(mixer, form=form)).build(seed=0)
+        graphdef, params = nnx.split(model, nnx.Param)
+        params = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
+        return jax.jit(lambda params: nnx.merge(graphdef, params)(tokens)[0])(params)
+
+    whole = read("chunked")
+    with sharding.use(MeshConfig(data=2, tensor=2).build(jax.devices()[:4])):
+        np.testing.assert_allclose(read("pallas_triton"), whole, rtol=1e-4, atol=1e-4)
