@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,8 +50,23 @@ class Group(NamedTuple):
     best: tuple[Float[Array, "..."], Params]
 
 
+class Step(NamedTuple):
+    """An optimizer's part of a step, for groups of one size.
+
+    Attributes:
+      init: Makes its state for parameters.
+      apply: Moves parameters and state, which it is given to keep, by a rate and gradients.
+    """
+
+    init: Callable[[Params], optax.OptState]
+    apply: Callable[[Array, Params, Params, optax.OptState], tuple[Params, optax.OptState]]
+
+
 class Programs:
-    """What is compiled once for a task and groups of one size, whatever the optimizer."""
+    """What is compiled once for a task and groups of one size.
+
+    Gradients are a program of their own, which all optimizers share.
+    """
 
     def __init__(self, problem: Problem, size: int):
         """Compiles nothing yet.
@@ -61,6 +76,8 @@ class Programs:
           size: Replicas in a group.
         """
         self.size = size
+        self._problem = problem
+        self.step = cache(self._step)
         each = jax.vmap if size > 1 else lambda function, **_: function
         self.init = jax.jit(each(problem.init))
         self.gradient = jax.jit(each(jax.value_and_grad(problem.loss), in_axes=(0, None)))
@@ -80,28 +97,22 @@ class Programs:
 
         self.measure = jax.jit(measure)
         self.keep = jax.jit(each(keep), donate_argnums=2)
-        self.each = each
+        self._each = each
 
     def stack(self, values: Sequence[float | int]) -> Array:
         """Lays a number for each replica as the programs take them."""
         return jnp.asarray(values if self.size > 1 else values[0])
 
-
-class Step:
-    """An optimizer's part of a step, for groups of one size."""
-
-    def __init__(
-        self, problem: Problem, optimizer: OptimizerConfig, steps: int, programs: Programs
-    ):
+    def _step(self, optimizer: OptimizerConfig, steps: int) -> Step:
         def build(rate: float | Array) -> optax.GradientTransformation:
-            return optimizer.build(steps, problem.info, learning_rate=rate)
+            return optimizer.build(steps, self._problem.info, learning_rate=rate)
 
         def apply(rate: Array, grads: Params, params: Params, state: optax.OptState):
             updates, state = build(rate).update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        self.init = jax.jit(programs.each(lambda params: build(0.0).init(params)))
-        self.apply = jax.jit(programs.each(apply), donate_argnums=(2, 3))
+        init = jax.jit(self._each(lambda params: build(0.0).init(params)))
+        return Step(init, jax.jit(self._each(apply), donate_argnums=(2, 3)))
 
 
 def train(
@@ -133,7 +144,7 @@ def train(
     """
     size = _largest_divisor(len(replicas), problem.at_once or len(replicas))
     program = programs(size)
-    step = Step(problem, optimizer, steps, program)
+    step = program.step(optimizer, steps)
     groups = []
     for start in range(0, len(replicas), size):
         rates, seeds = zip(*replicas[start : start + size], strict=True)
@@ -193,7 +204,7 @@ def speed(
       Seconds of a whole step, seconds of the optimizer's part, bytes of its state, the device.
     """
     program = programs(1)
-    step = Step(problem, optimizer, steps, program)
+    step = program.step(optimizer, steps)
     params = program.init(program.stack([replica.seed]))
     state, rate = step.init(params), program.stack([replica.rate])
     size = sum(x.nbytes for x in jax.tree.leaves(state))

@@ -260,9 +260,9 @@ def _draw(rows: list[Row], goal: float | None) -> bytes:
         axes.grid(alpha=0.3)
         if goal is not None and axes is not by_rate:
             axes.axhline(goal, color="black", linewidth=0.8, linestyle=":")
-        if lowest > 0 and highest / lowest > 20:
+        if lowest < highest / 20:
             axes.set_yscale("log")
-            axes.set_ylim(max(lowest, 1e-6 * highest) / 1.5, 2 * highest)
+            axes.set_ylim(max(lowest / 1.5, 1e-6 * highest), 2 * highest)
         else:
             axes.set_ylim(lowest - 0.03 * (highest - lowest), highest + 0.03 * (highest - lowest))
     by_rate.set_xscale("log")
