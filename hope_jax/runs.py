@@ -98,18 +98,30 @@ def lay_out(
     """
     devices = jax.devices() if devices is None else devices
     if isinstance(experiment.mesh, sharding.MeshConfig):
-        return experiment.mesh.build(devices), None
+        mesh = experiment.mesh.build(devices)
+        _check_parts(experiment, mesh)
+        return mesh, None
     if memory is None:
         memory = (devices[0].memory_stats() or {}).get("bytes_limit")
     chosen, reason = sharding.automatic(
         len(devices),
         parameters=experiment.model.parameters(),
-        batch=experiment.data.batch,
+        batch=experiment.data.batch // experiment.training.accumulate,
         window=experiment.data.window,
         heads=experiment.model.mixer.heads,
         memory=memory,
     )
     return chosen.build(devices), reason
+
+
+def _check_parts(experiment: Experiment, mesh: Mesh):
+    parts, share = experiment.training.accumulate, sharding.pieces("batch", mesh)
+    rows = experiment.data.batch // parts
+    if parts > 1 and rows % share:
+        raise ValueError(
+            f"{share} devices (data x fsdp) must divide the {rows} rows of each of "
+            f"training.accumulate={parts} parts of data.batch={experiment.data.batch}"
+        )
 
 
 def mesh(experiment: Experiment) -> Mesh:

@@ -169,6 +169,25 @@ def test_an_experiment_may_leave_the_mesh_to_the_devices():
     assert "4 devices share 4 rows, 2 the tokens of each" in reason
 
 
+def test_parts_of_a_batch_that_the_devices_cannot_share_are_refused():
+    given = ["data.batch=16", "training.accumulate=4"]
+    with pytest.raises(ValueError, match=r"8 devices .* must divide the 4 rows of each of"):
+        runs.lay_out(config.load("configs/quickstart.yaml", given))
+
+
+def test_a_device_holds_less_of_the_state_the_more_devices_there_are():
+    held = []
+    for count in (1, 2, 4, 8):
+        with sharding.use(MeshConfig(data=1, fsdp=count).build(jax.devices()[:count])):
+            state = step.abstract_state(
+                step.outline(partial(HOPE.build, seed=0)), optax.adamw(1e-3)
+            )
+        leaves = jax.tree.leaves((state.params, state.opt_state))
+        held.append(sum(np.prod(x.sharding.shard_shape(x.shape)) for x in leaves))
+    assert held == sorted(held, reverse=True)
+    assert held[3] < 0.4 * held[0]
+
+
 @pytest.mark.parametrize(
     ("sizes", "reason"),
     [
