@@ -29,6 +29,7 @@ VARIANTS = {
     "independent": ContinuumConfig(variant="independent", **SPREAD),
     "headwise": ContinuumConfig(variant="headwise", **SPREAD),
     "leaky": ContinuumConfig(variant="leaky", **SPREAD),
+    "flow": ContinuumConfig(variant="flow", **SPREAD),
     "next_token": ContinuumConfig(objective="next_token", **SPREAD),
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -95,6 +96,23 @@ def test_a_level_without_a_chunk_is_a_feed_forward_network():
     assert memory == (None, None)
     by_token, _ = jax.vmap(lambda x: layer(x[:, None]), in_axes=1, out_axes=1)(x)
     np.testing.assert_allclose(y, by_token[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_self_modifying_level_has_a_matrix_of_its_own_for_every_token():
+    settings = ContinuumConfig(levels=(LevelConfig(hidden=6, rank=2),))
+    layer = settings.build(WIDTH, depth=1, epsilon=1e-6, key=jax.random.key(0))
+    (level,), (x, _) = layer.levels, draw()
+    y, _ = layer(x)
+    for row, t in ((0, 3), (1, 17)):
+        token = level.norm(x)[row, t]
+        hidden = jax.nn.silu(token @ level.up[0])
+        changed = level.down[...]
+        for reads, says in zip(level.reads[...], level.says[...], strict=True):
+            changed = changed + jnp.outer(token @ reads, token @ says) / np.sqrt(6)
+        np.testing.assert_allclose(y[row, t], x[row, t] + hidden @ changed, rtol=1e-4, atol=1e-5)
+    plain = ContinuumConfig(levels=(LevelConfig(hidden=6),))
+    plain = plain.build(WIDTH, depth=1, epsilon=1e-6, key=jax.random.key(0))
+    assert np.abs(y - plain(x)[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize("adapt", ["output", "all"])
@@ -172,6 +190,8 @@ def test_levels_that_do_not_fit_are_refused(settings, message):
     ("setting", "message"),
     [
         ({"chunk": 1}, "chunk must be at least 2, or null for none, got 1"),
+        ({"rank": -1}, "rank must be at least 0, got -1"),
+        ({"rank": 1, "chunk": 4}, "rank must be 0 for a level that learns in chunks, got 1"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"rate": 0.0}, "rate must be above 0, got 0.0"),
         ({"retain": 1.0}, "retain must lie between 0 and 1, got 1.0"),

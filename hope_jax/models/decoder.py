@@ -7,18 +7,25 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from hope_jax.modules.attention import AttentionConfig
 from hope_jax.modules.continuum import ContinuumConfig, ContinuumMemory
 from hope_jax.modules.layers import Embedding, RMSNorm, learn_by
 from hope_jax.modules.memory import AssociativeConfig
+from hope_jax.modules.nonparametric import NonparametricConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
 from hope_jax.modules.titans import TitansConfig
 from hope_jax.shapes import Activations, Logits, Starts, Tokens
 from hope_jax.sharding import constrain
 
-MixerConfig = SelfModifyingTitansConfig | AttentionConfig | TitansConfig | AssociativeConfig
+MixerConfig = (
+    SelfModifyingTitansConfig
+    | AttentionConfig
+    | TitansConfig
+    | AssociativeConfig
+    | NonparametricConfig
+)
 Memory = Any  # a pytree: `BlockMemory` with the layers stacked in front
 
 REMAT = {
@@ -72,7 +79,7 @@ class ModelConfig:
         if getattr(self.mixer, "head_width", None) is None and self.width % self.mixer.heads:
             raise ValueError(f"mixer.heads must divide width={self.width}, got {self.mixer.heads}")
 
-    def build(self, *, seed: int = 0) -> "Decoder":
+    def build(self, *, seed: int | Int[Array, ""] = 0) -> "Decoder":
         """Makes the model; equal seeds make equal models.
 
         Raises:

@@ -25,6 +25,10 @@ from hope_jax.ops.leaky import leaky_average
 from hope_jax.shapes import Activations, Starts
 from hope_jax.sharding import constrain
 
+CHAINED = ("sequential", "nested")
+LEAKY = ("leaky", "flow")
+"""Variants whose levels read what the one before added, and those with averages for a memory."""
+
 RATIO = 4
 """How much slower each level of a spread is than the one before."""
 
@@ -46,6 +50,8 @@ class LevelConfig:
       activation: s.
       gated: Whether a second projection multiplies the first hidden units (SwiGLU with silu).
       depth: Hidden layers.
+      rank: Of what each token adds to the last matrix for itself, `W1 + sum_r u_r(x) v_r(x)^T`, a
+        self-modifying MLP; 0 for nothing.
       chunk: Tokens between two moves of the level inside a sequence; None for a level that learns
         nothing there, and whose weights the outer optimizer alone moves.
       rate: The share of a chunk's whole step that the level takes at first (learned, below 1); with
@@ -58,6 +64,7 @@ class LevelConfig:
     activation: Activation = "silu"
     gated: bool = False
     depth: int = 1
+    rank: int = 0
     chunk: int | None = None
     rate: float = 0.5
     retain: float = 0.98
@@ -67,8 +74,12 @@ class LevelConfig:
         for name in ("hidden", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
         if self.chunk is not None and self.chunk < 2:
             raise ValueError(f"chunk must be at least 2, or null for none, got {self.chunk}")
+        if self.rank and self.chunk is not None:
+            raise ValueError(f"rank must be 0 for a level that learns in chunks, got {self.rank}")
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0, got {self.rate}")
         if not 0 < self.retain < 1:
@@ -129,7 +140,9 @@ class ContinuumConfig:
         (eq. 72); "independent" lets each read the same input and sums what they say with learned
         softmax weights (eq. 74); "headwise" does so with a share of the features for each;
         "leaky" averages what each says over its last `chunk` tokens or so, with learned leaks,
-        before they are summed: its levels learn nothing in context.
+        before they are summed; "flow" does too, and each level reads the average of the one before,
+        so that ever longer contexts flow into ever slower levels. Levels of these two learn nothing
+        in context.
       levels: At least one. One level is the feed-forward network of a transformer.
       spread: Makes the levels where they are not named: `{levels: 4, lowest_frequency: 4096,
         hidden: 512}` moves four of them every 64, 256, 1024 and 4096 tokens.
@@ -145,7 +158,9 @@ class ContinuumConfig:
       replay_steps: How many of them are learned again with each new chunk.
     """
 
-    variant: Literal["sequential", "nested", "independent", "headwise", "leaky"] = "sequential"
+    variant: Literal["sequential", "nested", "independent", "headwise", "leaky", "flow"] = (
+        "sequential"
+    )
     levels: tuple[LevelConfig, ...] = ()
     spread: SpreadConfig | None = None
     objective: Literal["local", "next_token"] = "local"
@@ -168,7 +183,7 @@ class ContinuumConfig:
             raise ValueError(f"surprise must be at least 0, got {self.surprise}")
         self._check_replay()
         chunks = [level.chunk for level in self.levels]
-        if self.variant in ("nested", "leaky") and None in chunks:
+        if self.variant in ("nested", *LEAKY) and None in chunks:
             raise ValueError(f"every level must have a chunk in a {self.variant} continuum")
         if self.variant == "nested":
             _check_nesting([chunk for chunk in chunks if chunk is not None])
@@ -209,7 +224,7 @@ class ContinuumConfig:
 
     def learns(self) -> bool:
         """Whether some level moves inside a sequence."""
-        return self.variant != "leaky" and any(level.chunk for level in self.levels)
+        return self.variant not in LEAKY and any(level.chunk for level in self.levels)
 
     def flops(self, width: int) -> float:
         """FLOPs a token of a forward pass beside two for each parameter: reading and moving deltas.
@@ -317,7 +332,19 @@ class Level(nnx.Module):
                 normal(middle, shape, 1 / sqrt(hidden)), (None, None, "mlp"), "matrix"
             )
             own.append(self.middle)
-        if continuum.variant == "leaky":
+        if config.rank:
+            reads, says = jax.random.split(jax.random.fold_in(key, 2))
+            scale = 1 / sqrt(width)
+            self.reads = parameter(
+                normal(reads, (config.rank, width, hidden), scale), (None, "embed", "mlp"), "matrix"
+            )
+            self.says = parameter(
+                normal(says, (config.rank, width, width), scale / sqrt(branches * config.rank)),
+                (None, "embed", None),
+                "matrix",
+            )
+            own += [self.reads, self.says]
+        if continuum.variant in LEAKY:
             leak = jnp.full(width, _logit(1 - 1 / (config.chunk or 2)))
             self.leak = parameter(leak, ("embed",), "vector")
             own.append(self.leak)
@@ -339,7 +366,7 @@ class Level(nnx.Module):
     def initial_memory(self, batch: int, dtype: jnp.dtype, *, carried: bool) -> Any:
         """What no memory means; None for a level that carries nothing from call to call."""
         width = self.norm.scale.shape[0]
-        if self.continuum.variant == "leaky":
+        if self.continuum.variant in LEAKY:
             return jnp.zeros((batch, width))
         if self.config.chunk is None:
             return None
@@ -372,7 +399,7 @@ class Level(nnx.Module):
         """
         config = self.config
         x = self.norm(x)
-        if self.continuum.variant == "leaky":
+        if self.continuum.variant in LEAKY:
             return leaky_average(self._recall(x), jax.nn.sigmoid(self.leak[...]), memory, starts)
         if config.chunk is None:
             return self._recall(x), None
@@ -423,8 +450,16 @@ class Level(nnx.Module):
         return active
 
     def _recall(self, x: Activations) -> Activations:
-        """Reads with the slow weights alone."""
-        return dense(self._hidden(x), self.down[...], self.learns_by)
+        """Reads with the slow weights alone, and what each token adds to them for itself."""
+        hidden = self._hidden(x)
+        y = dense(hidden, self.down[...], self.learns_by)
+        return y + self._modify(x, hidden) if self.config.rank else y
+
+    def _modify(self, x: Activations, hidden: Float[Array, "B T F"]) -> Activations:
+        """What the token's own change of the last matrix adds to its answer."""
+        reads = dense(x, self.reads[...], self.learns_by)
+        found = jnp.einsum("BTF,BTRF->BTR", hidden, reads) / sqrt(self.config.hidden)
+        return jnp.einsum("BTR,BTRD->BTD", found, dense(x, self.says[...], self.learns_by))
 
 
 class ContinuumMemory(nnx.Module):
@@ -459,7 +494,7 @@ class ContinuumMemory(nnx.Module):
                 zip(config.levels, jax.random.split(key, count), strict=True)
             )
         )
-        if config.variant in ("independent", "headwise", "leaky"):
+        if config.variant not in CHAINED:
             self.mixture = parameter(jnp.zeros(count), (None,), "vector")
 
     def _carriers(self) -> list[Level | None]:
@@ -483,7 +518,7 @@ class ContinuumMemory(nnx.Module):
     ) -> tuple[Activations, tuple[LevelMemory | Array | None, ...]]:
         """Adds what the levels recall to `x`; returns also what they carry on."""
         memory = memory or (None,) * len(self.levels)
-        chained = self.config.variant in ("sequential", "nested")
+        chained = self.config.variant in CHAINED
         inputs = [x] * len(self.levels)
         if self.config.variant == "headwise":
             inputs = jnp.split(x, len(self.levels), axis=-1)
@@ -491,6 +526,8 @@ class ContinuumMemory(nnx.Module):
         for level, carrier, part, carried in zip(
             self.levels, self._carriers(), inputs, memory, strict=True
         ):
+            if self.config.variant == "flow" and recalled:
+                part = recalled[-1]
             y, carried = level(x if chained else part, carried, starts, carrier=carrier)
             after.append(carried)
             recalled.append(y)
