@@ -51,10 +51,10 @@ def test_each_replica_is_the_run_that_it_would_be_alone(tmp_path):
     }
     assert found.keys() == {(rate, seed) for rate in (0.1, 0.5) for seed in (0, 1)}
     for (rate, seed), run in found.items():
-        params = problem.init(seed)
+        params = jax.jit(problem.init)(seed)
         losses = []
         for t in range(13):
-            losses.append(float(problem.measure(params, 0)["loss"][0]))
+            losses.append(float(jax.jit(problem.measure)(params, 0)["loss"][0]))
             params = jax.tree.map(lambda p, g: p - rate * g, params, sgd(params, t))
         np.testing.assert_allclose(run["valid"]["loss"], losses[::4], rtol=1e-5)
         assert run["judged"]["loss"] == run["test"]["loss"] == run["valid"]["loss"][-1]
@@ -145,7 +145,7 @@ def test_the_best_rate_is_that_of_the_least_mean_validation_loss_whatever_the_te
 def test_delta_momentum_reaches_the_optimum_of_the_turning_valley_before_momentum(tmp_path):
     comparison = small(
         tmp_path,
-        tasks=(ValleyTask(condition=10, turn=0.1, goal=0.0025, steps=150),),
+        tasks=(ValleyTask(condition=10.0, turn=0.1, goal=0.0025, steps=150),),
         optimizers=(
             Contender(rule=hopt.SGDConfig(momentum=0.9), name="momentum"),
             Contender(rule=hopt.DeltaMomentumConfig()),
@@ -166,13 +166,13 @@ def test_delta_momentum_reaches_the_optimum_of_the_turning_valley_before_momentu
 def test_tasks_in_sequence_share_no_input_and_all_count():
     task = SequenceTask(tasks=2, size=2, hidden=8, out=3, steps=10)
     problem = task.build()
-    params = problem.init(0)
+    params = jax.jit(problem.init)(0)
     for name in ("first", "second"):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), name
-    early, late = (jax.grad(problem.loss)(params, t)["first"] for t in (0, 5))
+    early, late = (jax.jit(jax.grad(problem.loss))(params, t)["first"] for t in (0, 5))
     np.testing.assert_allclose(early.T @ late, 0, atol=1e-6)
     silent = jax.tree.map(np.zeros_like, params)
-    total, count = problem.measure(silent, 0)["loss"]
+    total, count = jax.jit(problem.measure)(silent, 0)["loss"]
     assert total / count == pytest.approx(1.0, abs=0.2)
 
 

@@ -1,6 +1,5 @@
 """Digits drawn from a built-in font, noisy and out of place, read by an MLP or a small ViT."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from hope_jax.comparison.problem import CHANGEABLE, Params, Problem, Sums, check
+from hope_jax.comparison.problem import CHANGEABLE, Batches, Params, Problem, Sums, check
 from hope_jax.optimizers import ParamInfo
 
 # Ten glyphs of 7 rows and 5 columns, a digit a pixel row: its bits from left to right.
@@ -35,8 +34,8 @@ HELD_OUT = 1024
 class Digits(NamedTuple):
     """Some images and what they show."""
 
-    images: Float[Array, "N side side"]
-    labels: Int[Array, " N"]
+    images: Float[Array | np.ndarray, "N side side"]
+    labels: Int[Array | np.ndarray, " N"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +95,13 @@ class DigitsTask:
             count = jnp.full((), float(batch.labels.size))
             return {"loss": (jnp.sum(nats), count), "accuracy": (jnp.sum(right * 1.0), count)}
 
-        def train() -> Iterator[Digits]:
+        def train() -> Batches:
             step = 0
             while True:
                 yield draw(self.batch, (SPLITS["train"], step), noise=self.noise)
                 step += 1
 
-        def evaluate(split: str) -> Iterator[Digits]:
+        def evaluate(split: str) -> Batches:
             yield draw(HELD_OUT, (SPLITS[split],), noise=self.noise)
 
         count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(first, 0)))

@@ -1,6 +1,5 @@
 """Language models as tasks of a comparison: the model and the data of any config."""
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -11,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from hope_jax import config
-from hope_jax.comparison.problem import CHANGEABLE, Params, Problem, Sums, check
+from hope_jax.comparison.problem import CHANGEABLE, Batches, Params, Problem, Sums, check
 from hope_jax.config import ConfigError, Experiment
 from hope_jax.optimizers import describe
 from hope_jax.shapes import Batch
@@ -92,11 +91,11 @@ class LanguageTask:
                 found["accuracy"] = jnp.sum(right * weights), jnp.sum(weights)
             return found
 
-        def train() -> Iterator[Batch]:
+        def train() -> Batches:
             with closing(data.train(0)) as batches:
                 yield from batches
 
-        def evaluate(split: str) -> Iterator[Batch]:
+        def evaluate(split: str) -> Batches:
             with closing(data.valid(split)) as batches:
                 yield from batches
 

@@ -1,8 +1,8 @@
 """What a task of a comparison has to say: where it starts, what it costs and how it is judged."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -10,7 +10,8 @@ from hope_jax.optimizers import ParamInfo
 
 Params = Any  # a pytree of arrays
 Batch = Any  # a pytree of arrays
-Sums = dict[str, tuple[Float[Array, ""], Float[Array, ""]]]
+Batches = Generator[Batch, None, None]
+Sums = dict[str, tuple[Array, Array]]
 """Sums over a batch and the weights that they are for, by the name of what was measured."""
 
 CHANGEABLE = ("name", "goal", "at_once")
@@ -35,29 +36,37 @@ class Problem(NamedTuple):
     init: Callable[[Int[Array, ""]], Params]
     loss: Callable[[Params, Batch], Float[Array, ""]]
     measure: Callable[[Params, Batch], Sums]
-    train: Callable[[], Iterator[Batch]]
-    evaluate: Callable[[str], Iterator[Batch]]
+    train: Callable[[], Batches]
+    evaluate: Callable[[str], Batches]
     info: PyTree[ParamInfo] | None = None
     keep_best: bool = False
     at_once: int | None = None
     about: Mapping[str, float] = MappingProxyType({})
 
 
+@runtime_checkable
 class Task(Protocol):
-    """The settings of a task.
+    """The settings of a task; a frozen dataclass with a field `kind`."""
 
-    Attributes:
-      name: In files and tables; None for its kind.
-      steps: Of a run.
-      every: Steps between evaluations.
-      goal: Validation loss to reach for good; optimizers are then ranked by the steps it takes.
-    """
+    @property
+    def name(self) -> str | None:
+        """In files and tables; None for its kind."""
+        ...
 
-    kind: str
-    name: str | None
-    steps: int
-    every: int
-    goal: float | None
+    @property
+    def steps(self) -> int:
+        """Of a run."""
+        ...
+
+    @property
+    def every(self) -> int:
+        """Steps between evaluations."""
+        ...
+
+    @property
+    def goal(self) -> float | None:
+        """Validation loss to stay below; optimizers are then ranked by the steps it takes."""
+        ...
 
     def build(self) -> Problem:
         """Makes the problem."""

@@ -99,7 +99,7 @@ class Programs:
         self.keep = jax.jit(each(keep), donate_argnums=2)
         self._each = each
 
-    def stack(self, values: Sequence[float | int]) -> Array:
+    def stack(self, values: Sequence[float | int] | np.ndarray) -> Array:
         """Lays a number for each replica as the programs take them."""
         return jnp.asarray(values if self.size > 1 else values[0])
 

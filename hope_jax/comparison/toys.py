@@ -1,6 +1,5 @@
 """Toys whose optimum is known: a valley that turns, and tasks that have nothing in common."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hope_jax.comparison.problem import CHANGEABLE, Params, Problem, Sums, check
+from hope_jax.comparison.problem import CHANGEABLE, Batches, Params, Problem, Sums, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,7 @@ class SequenceTask:
         return Problem(init, loss, measure, _count, _once, about={"parameters": size})
 
 
-def _count() -> Iterator[np.int32]:
+def _count() -> Batches:
     """The steps themselves: all else is drawn from them."""
     step = 0
     while True:
@@ -177,7 +176,7 @@ def _count() -> Iterator[np.int32]:
         step += 1
 
 
-def _once(split: str) -> Iterator[np.int32]:
+def _once(split: str) -> Batches:
     """One batch, as what is judged needs no data; both splits are the same."""
     del split
     yield np.int32(0)

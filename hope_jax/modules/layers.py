@@ -1,8 +1,8 @@
 """The small parts that every model is made of: parameters, norms, projections, convolution."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,8 @@ def learn_by(model: nnx.Module, objective: str):
       model: Each of its layers with an attribute `learns_by` is set.
       objective: One of `hope_jax.ops.linear.OBJECTIVES`; "dot", the default, is the loss.
     """
-    for _, module in nnx.iter_modules(model):
+    modules: Iterator[tuple[Any, Any]] = nnx.iter_modules(model)
+    for _, module in modules:
         if hasattr(module, "learns_by"):
             module.learns_by = objective
 
