@@ -23,11 +23,18 @@ def record(name: str, value: float, unit: str, notes: object = "") -> dict:
         "name": name,
         "value": float(value),
         "unit": unit,
+        **origin(),
+        "command": " ".join(["python", *_command()]),
+        "notes": notes,
+    }
+
+
+def origin() -> dict[str, str]:
+    """Says where what is measured now comes from: device, date and commit."""
+    return {
         "device": jax.devices()[0].device_kind,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "command": " ".join(["python", *_command()]),
-        "notes": notes,
     }
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from hope_jax.comparison.problem import Batch, Params, Problem, Sums
 from hope_jax.optimizers import OptimizerConfig
+from hope_jax.records import origin
 
 POINTS = 200
 """The most points of a curve that are kept."""
@@ -201,7 +202,7 @@ def speed(
     """Times one replica alone, and weighs its optimizer's state; arguments as for `train`.
 
     Returns:
-      Seconds of a whole step, seconds of the optimizer's part, bytes of its state, the device.
+      Seconds of a whole step, seconds of the optimizer's part, bytes of its state, the origin.
     """
     program = programs(1)
     step = program.step(optimizer, steps)
@@ -222,7 +223,7 @@ def speed(
         "step_seconds": seconds,
         "update_seconds": update,
         "state_bytes": size,
-        "device": jax.devices()[0].device_kind,
+        **origin(),
     }
 
 
