@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from hope_jax import compile_hlo, config, runs, sharding
 from hope_jax.config import ConfigError, Experiment
 from hope_jax.optimizers import describe
-from hope_jax.training.metrics import peak_flops, replace
+from hope_jax.training.metrics import PEAKS, replace
 from hope_jax.training.step import abstract_state, compile_eval_step, compile_train_step, outline
 
 ENVIRONMENT = {
@@ -45,20 +45,22 @@ class Chip(NamedTuple):
       capacity: Bytes of memory that a program may use, as the compiler says.
       bandwidth: Bytes that memory moves in a second.
       links: Bytes that all links of a chip to other chips send in a second.
+      peak: FLOP/s in bfloat16.
       shapes: How many chips there are in each direction, for the machines to choose from.
     """
 
     capacity: float
     bandwidth: float
     links: float
+    peak: float
     shapes: tuple[str, ...]
 
 
 CHIPS = {
-    "v4": Chip(30.75 * 2**30, 1228e9, 300e9, DEEP[:8]),
-    "v5e": Chip(15.75 * 2**30, 819e9, 200e9, FLAT),
-    "v5p": Chip(95.74 * 2**30, 2765e9, 600e9, ("1x1x1", *DEEP)),
-    "v6e": Chip(31.25 * 2**30, 1640e9, 448e9, FLAT),
+    "v4": Chip(30.75 * 2**30, 1228e9, 300e9, PEAKS["TPU v4"], DEEP[:8]),
+    "v5e": Chip(15.75 * 2**30, 819e9, 200e9, PEAKS["TPU v5e"], FLAT),
+    "v5p": Chip(95.74 * 2**30, 2765e9, 600e9, PEAKS["TPU v5"], ("1x1x1", *DEEP)),
+    "v6e": Chip(31.25 * 2**30, 1640e9, 448e9, PEAKS["TPU v6"], FLAT),
 }
 """Bandwidths from the data sheets at cloud.google.com/tpu/docs."""
 
@@ -94,7 +96,8 @@ def run(path: str, overrides: Sequence[str]) -> bool:
     mine = [override for override in overrides if override.startswith(names)]
     target = config.arguments(Target, mine)
     experiment = config.load(path, [one for one in overrides if one not in mine])
-    report = {"config": path, "overrides": list(overrides), **examine(experiment, target)}
+    report: dict[str, Any] = {"config": path, "overrides": list(overrides)}
+    report |= examine(experiment, target)
     name = f"{target.topology.replace(':', '-')}.json"
     file = experiment.folder / "compile" / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def examine(experiment: Experiment, target: Target) -> dict[str, Any]:
             "eval": lambda: compile_eval_step(model.graphdef, state.params, scored),
         }
         parts = {
-            "train": {"parameters": state.params, "optimizer": state._replace(params=())},
+            "train": {"parameters": state.params, "optimizer": state._replace(params={})},
             "eval": {"parameters": state.params},
         }
         steps = {
@@ -158,11 +161,10 @@ def examine(experiment: Experiment, target: Target) -> dict[str, Any]:
             }
             for name in ([target.only] if target.only else ["train", "eval"])
         }
-    peak = peak_flops(devices[0].device_kind)
     tokens = experiment.data.batch * experiment.data.window
     for step in steps.values():
         if step["fits"]:
-            step |= _roofline(step, chip, peak, tokens)
+            step |= _roofline(step, chip, tokens)
     return {
         "topology": target.topology,
         "devices": len(devices),
@@ -235,12 +237,12 @@ def _try(
         }
         return found | {"compile_seconds": time.perf_counter() - start}
     seconds = time.perf_counter() - start
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     program, temporary = stats.generated_code_size_in_bytes, stats.temp_size_in_bytes
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = stats.argument_size_in_bytes + new + temporary + program
     memory |= {"activations, gradients": temporary + new, "program": program, "total": total}
-    traffic = compile_hlo.read(compiled.as_text())
+    traffic = compile_hlo.read(compiled.as_text() or "")
     return {
         "fits": total <= chip.capacity,
         "error": "its parts together are larger than the memory",
@@ -255,12 +257,13 @@ def _try(
 @contextmanager
 def _uncached() -> Iterator[None]:
     """A program for a machine that is not there cannot be read back from jax's cache."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    name = "jax_enable_compilation_cache"
+    before = getattr(jax.config, name)
+    jax.config.update(name, False)
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+        jax.config.update(name, before)
 
 
 def _needed(error: str) -> dict[str, float]:
@@ -288,17 +291,17 @@ def _flops(experiment: Experiment, name: str, devices: int) -> dict[str, float]:
     return {"model": 3 * forward, "executed": (3 + again) * forward}
 
 
-def _roofline(step: dict[str, Any], chip: Chip, peak: float, tokens: int) -> dict[str, Any]:
+def _roofline(step: dict[str, Any], chip: Chip, tokens: int) -> dict[str, Any]:
     """The least time that a step can take, where what can go on at once does."""
     seconds = {
-        "compute": step["flops"]["executed"] / peak,
+        "compute": step["flops"]["executed"] / chip.peak,
         "memory": step["bytes"] / chip.bandwidth,
         "network": sum(one["wire"] for one in step["collectives"]) / chip.links,
     }
     longest = max(seconds.values())
     return {
         "seconds": seconds | {"step": longest},
-        "mfu": step["flops"]["model"] / peak / longest,
+        "mfu": step["flops"]["model"] / chip.peak / longest,
         "tokens_per_second": tokens / longest,
         "error": None,
     }

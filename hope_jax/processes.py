@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import jax
 
@@ -41,7 +42,7 @@ def fail(error: BaseException, status: int):
     sys.exit(status)
 
 
-def _read(how: str) -> dict[str, str | int]:
+def _read(how: str) -> dict[str, Any]:
     address, *numbers = how.split(",")
     if len(numbers) != 2 or not all(number.isdigit() for number in numbers) or ":" not in address:
         raise ValueError(f"must be auto or HOST:PORT,COUNT,INDEX, got {how}")

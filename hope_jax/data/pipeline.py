@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -134,7 +134,7 @@ class DataConfig:
         if weighted is None:
             weighted = any(isinstance(part.source, RecallConfig) for part in _parts(self.source))
 
-        def lay(width: int, dtype: type) -> jax.ShapeDtypeStruct:
+        def lay(width: int, dtype: type) -> Any:
             shape = self.batch, width
             return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(shape, mesh))
 

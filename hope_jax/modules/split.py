@@ -75,7 +75,7 @@ def on_mesh(
     def lay(axes: tuple[str | None, ...], tree: Tree) -> Tree:
         return jax.tree.map(lambda x: spec(_named(axes, x), x.shape, mesh), tree)
 
-    kept = lay(("batch", who), jax.eval_shape(partial(fresh, batch=batch), initial))
+    kept = lay(("batch", who), jax.eval_shape(lambda initial: fresh(initial, batch), initial))
     into = (
         lay(("batch", when, who), tokens),
         lay((who,), initial),
