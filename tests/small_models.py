@@ -14,8 +14,7 @@ VOCABULARY = 31
 CONTINUUM = ContinuumConfig(levels=(LevelConfig(hidden=24), LevelConfig(hidden=16)))
 INDEPENDENT = replace(CONTINUUM, variant="independent")
 IN_CONTEXT = ContinuumConfig(
-    levels=(LevelConfig(hidden=12, chunk=4, momentum=0.5), LevelConfig(hidden=8, chunk=8)),
-    adapt="all",
+    levels=(LevelConfig(hidden=12, chunk=4, momentum=0.5), LevelConfig(hidden=16))
 )
 SWIGLU = ContinuumConfig(levels=(LevelConfig(hidden=24, gated=True),))
 

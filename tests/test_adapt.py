@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_models import IN_CONTEXT, MODELS, VOCABULARY
+from small_models import MODELS, VOCABULARY
 
 import hope_jax
 from hope_jax.models.adapt import (
@@ -27,7 +27,11 @@ from hope_jax.models.memory_file import load_memory, save_memory
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 
 close = partial(chex.assert_trees_all_close, rtol=2e-4, atol=2e-5)
-LOCAL = replace(MODELS["attention_in_context"], layers=1)
+IN_CONTEXT = ContinuumConfig(
+    levels=(LevelConfig(hidden=12, chunk=4, momentum=0.5), LevelConfig(hidden=8, chunk=8)),
+    adapt="all",
+)
+LOCAL = replace(MODELS["attention_in_context"], continuum=IN_CONTEXT, layers=1)
 NEXT = replace(
     LOCAL,
     continuum=ContinuumConfig(

@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_does_not_move_a_resting_level():
     assert bits(optax.apply_updates(params, updates)["slow"]) == bits(params["slow"])
 
 
-@pytest.mark.parametrize("name", hopt.OPTIMIZERS)
+@pytest.mark.parametrize("name", ["adamw", "muon", "m3"])
 def test_a_frozen_level_keeps_every_bit_and_has_no_state(name):
     rule = hopt.OPTIMIZERS[name]()
     inner = lambda _: rule.build(1e-2, weight_decay=0.1, info=some_info())  # noqa: E731

@@ -81,6 +81,10 @@ def test_what_was_read_is_gone_on_from(runs, objective, tmp_path):
     assert after["tokens"] == fresh["tokens"]
     assert after["nats_per_token"] != fresh["nats_per_token"]
     ask(run, "perplexity", f"file={second}", f"memory={out}", "batch=3")
+    if objective == "next_token":
+        learned = ask(run, "perplexity", f"file={second}", "context=learn", f"memory={out}")
+        assert learned["tokens"] == fresh["tokens"]
+        assert learned["nats_per_token"] not in (fresh["nats_per_token"], after["nats_per_token"])
     written = ask(run, "sample", "prompt=7 times", f"memory={out}", "max_tokens=4", "batch=2")
     assert all(text.startswith("7 times") for text in written["texts"])
 
@@ -96,6 +100,7 @@ def test_a_memory_is_refused_in_one_line(runs, tmp_path):
         (["sample", "memory=nowhere"], "'nowhere' cannot be read"),
         (["read", f"file={text}"], "file and out must be given"),
         (["read", f"file={text}", f"out={tmp_path}/no/m"], "must lie in a folder that is there"),
+        (["perplexity", "context=learn", f"memory={out}"], "of another model"),
         (["memory", "points=0"], "points must be at least 1, got 0"),
     ):
         before = sorted(tmp_path.iterdir())

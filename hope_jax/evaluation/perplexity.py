@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from hope_jax.data.packing import Piece, SplitInfo
+from hope_jax.data.packing import Piece, SplitInfo, Stream, weigh
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.evaluation.score import Total, lanes, total, whole_rows, windows
 from hope_jax.evaluation.subject import (
@@ -18,6 +18,8 @@ from hope_jax.evaluation.subject import (
     read_text,
     recall,
 )
+from hope_jax.models.adapt import learn
+from hope_jax.models.memory_file import load_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,8 @@ class Perplexity:
     Attributes:
       split: Which part of the run's data.
       context: "window" reads each window of the training length with fresh memory; "stream" reads
-        on with the memory of the text before, as far as the document reaches.
+        on with the memory of the text before, as far as the document reaches; "learn" reads all
+        documents as one stream, and levels learn the next token from each chunk once it is scored.
       file: A UTF-8 text of one's own to read as one document instead of a split.
       memory: A file that `read` left: the text goes on from there, each window with "window", and
         documents in it follow one another.
@@ -40,7 +43,7 @@ class Perplexity:
     """
 
     split: Literal["train", "valid", "test"] = "valid"
-    context: Literal["window", "stream"] = "window"
+    context: Literal["window", "stream", "learn"] = "window"
     file: str | None = None
     memory: str | None = None
     batch: int = 8
@@ -58,6 +61,8 @@ class Perplexity:
         tokens = stream.info.tokens
         if tokens < 2:
             raise TaskError(f"a text must hold at least 1 token to foretell, {name} holds 0")
+        if self.context == "learn":
+            return summary(self._learn(subject, stream), stream.info)
         carry = self.context == "stream"
         isolate = subject.isolate and self.memory is None
         rows = whole_rows(self.batch) if isolate or not carry else 1
@@ -72,6 +77,16 @@ class Perplexity:
             track=subject.track,
         )
         return summary(cost, stream.info)
+
+    def _learn(self, subject: Subject, stream: Stream) -> Total:
+        piece = stream.read(0, stream.info.tokens)
+        try:
+            before = None if self.memory is None else load_memory(self.memory, subject.model)
+            losses, _ = learn(subject.model, piece.tokens[None], before, track=subject.track)
+        except ValueError as error:
+            raise TaskError(str(error)) from error
+        weights = weigh(piece)[1:]
+        return Total(float(np.sum(losses[0, 1:] * weights, dtype=np.float64)), float(weights.sum()))
 
 
 def summary(cost: Total, info: SplitInfo) -> Results:
