@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     comparison.set_defaults(run=compare)
     comparison.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/compare_*")
     comparison.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    about = "train models on made-up tasks, and go on where it was: CONFIG [key=value ...]"
+    suites = commands.add_parser("suite", help=about, description=about)
+    suites.set_defaults(run=suite)
+    suites.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/suite_*")
+    suites.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     add_exchange(commands)
     about = "learn the tokenizer of a config, or find it: CONFIG FOLDER [key=value ...]"
     tokenizer = commands.add_parser("tokenizer", help=about, description=about)
@@ -132,6 +137,15 @@ def print_sizes(given: argparse.Namespace) -> int:
 def compare(given: argparse.Namespace) -> int:
     """Runs what was not run before, and writes the report."""
     from hope_jax.comparison.compare import load, run
+
+    folder = run(load(given.config, given.overrides))
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def suite(given: argparse.Namespace) -> int:
+    """Trains what was not trained before, and writes the report."""
+    from hope_jax.suites.suite import load, run
 
     folder = run(load(given.config, given.overrides))
     print(f"report: {folder / 'report.html'}")

@@ -6,10 +6,12 @@ import pytest
 
 from hope_jax import config
 from hope_jax.comparison.compare import load
+from hope_jax.suites.suite import load as load_suite
 
 ALL = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 COMPARISONS = [path for path in ALL if path.stem.startswith("compare_")]
-CONFIGS = [path for path in ALL if path not in COMPARISONS]
+SUITES = [path for path in ALL if path.stem.startswith("suite_")]
+CONFIGS = [path for path in ALL if path not in (*COMPARISONS, *SUITES)]
 NOMINAL = {"150m": 150e6, "380m": 380e6, "760m": 760e6, "1.3b": 1.3e9}
 FAMILIES = ["fastkv_hope", "gated_deltanet", "hope", "hope_attention", "titans", "transformer"]
 
@@ -27,6 +29,13 @@ def test_a_comparison_loads_and_says_what_it_is(path):
     assert path.read_text("utf-8").startswith("# ")
     assert len(comparison.seeds) >= 3
     assert len(comparison.rates) >= 5
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_a_suite_loads_and_says_what_it_is(path):
+    suite = load_suite(str(path))
+    assert path.read_text("utf-8").startswith("# ")
+    assert len(suite.models) > 1
 
 
 @pytest.mark.parametrize("size", NOMINAL)

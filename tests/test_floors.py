@@ -22,6 +22,7 @@ BELOW = {
     "evaluation": "shapes sharding ops data models",
     "config": "shapes sharding ops data modules optimizers training models evaluation",
     "comparison": "shapes sharding data optimizers training models config records",
+    "suites": "shapes sharding data optimizers training models config records",
 }
 """What each floor may import. Files that are not named here are front doors and may import all."""
 
@@ -37,6 +38,7 @@ WORLD = {
     "evaluation": "flax numpy tqdm matplotlib",
     "config": "yaml pydantic",
     "comparison": "flax numpy optax matplotlib tqdm",
+    "suites": "flax numpy optax matplotlib tqdm",
 }
 """Which packages each floor may import; jax and jaxtyping are everywhere."""
 

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from hope_jax.data.packing import Piece, SplitInfo
+from hope_jax.data.synthetic_labels import About, Labelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,19 @@ class RecallConfig:
     def length(self) -> int:
         """Tokens of an episode, `bos` among them."""
         return 1 + 2 * (self.keys + self.overwrites) + 2 * self.keys
+
+    @property
+    def about(self) -> About:
+        """See `synthetic_labels.LabelledTask`."""
+        return About(
+            "associative_recall", self.symbols, ("test",), "accuracy", 1 / self.value_symbols
+        )
+
+    def example(self, split: str, number: int) -> Labelled:
+        """An episode without its `bos`."""
+        start = number * self.length
+        piece = self.stream(split, bos=self.symbols).read(start, start + self.length)
+        return Labelled(piece.tokens[1:-1], piece.tokens[2:], piece.weights[2:])
 
     def stream(self, split: str, *, bos: int) -> "RecallStream":
         """Returns the episodes of a split, one after another."""
