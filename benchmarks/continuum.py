@@ -277,7 +277,7 @@ def main():
     parser.add_argument("--data", type=Path, default=Path("data/wikitext2"))
     parser.add_argument("--bytes", type=int, default=BLOCK, help="of each stream")
     parser.add_argument("--train-steps", type=int, default=600)
-    parser.add_argument("--rate", type=float, default=1.0, help="of `next_token` moves")
+    parser.add_argument("--rate", type=float, default=0.3, help="of `next_token` moves")
     parser.add_argument("--lowest", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--local", action="store_true", help="train a model with `local` too")
