@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     about = "print devices, versions, kernels, and what is wrong with the set-up"
     commands.add_parser("doctor", help=about, description=about).set_defaults(run=doctor)
     about = "print every setting of a config: its type or choices, and its default"
-    commands.add_parser("settings", help=about, description=about).set_defaults(run=settings)
+    known = commands.add_parser("settings", help=about, description=about)
+    known.set_defaults(run=settings)
+    known.add_argument("of", choices=["train", "compare"], nargs="?", default="train")
     about = "print how large the models of configs are, without making them: CONFIG ..."
     sizes = commands.add_parser("sizes", help=about, description=about)
     sizes.set_defaults(run=print_sizes)
@@ -113,11 +115,13 @@ def doctor(_: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def settings(_: argparse.Namespace) -> int:
+def settings(given: argparse.Namespace) -> int:
     """Prints all settings."""
     from hope_jax import config
+    from hope_jax.comparison.compare import Comparison
 
-    print("\n".join(config.settings(config.Experiment)))
+    cls = config.Experiment if given.of == "train" else Comparison
+    print("\n".join(config.settings(cls)))
     return 0
 
 

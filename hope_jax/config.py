@@ -192,17 +192,21 @@ def settings(cls: type, where: str = "") -> Iterator[str]:
     hints = _hints(cls)
     for spec in fields(cls):
         name, options = _join(where, spec.name), _options(hints[spec.name])
-        element = _element(hints[spec.name])
-        if is_dataclass(element):
-            yield from settings(element, f"{name}.0")
+        yield from _settings_of(_options(_element(hints[spec.name])), f"{name}.0")
         classes = [option for option in options if is_dataclass(option)]
         default = _default(spec)
-        for option in classes:
-            kind = f"[{_kinds(option)[0]}]" if len(classes) > 1 else ""
-            yield from settings(option, f"{name}{kind}")
+        yield from _settings_of(classes, name)
         if len(classes) < len(options):
             shown = "" if default is MISSING else f" = {_show(_plain(default))}"
             yield f"{name}: {_describe(hints[spec.name])}{shown}"
+
+
+def _settings_of(options: Sequence[Any], where: str) -> Iterator[str]:
+    """Lists the settings of each class among some types, with its kind if there are several."""
+    classes = [option for option in options if is_dataclass(option)]
+    for option in classes:
+        kind = f"[{_kinds(option)[0]}]" if len(classes) > 1 else ""
+        yield from settings(option, f"{where}{kind}")
 
 
 @contextmanager

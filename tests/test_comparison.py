@@ -241,6 +241,14 @@ def test_language_models_are_compared_from_the_command_line(tmp_path, capsys):
         assert run["about"]["parameters"] > 0
 
 
+def test_settings_of_comparisons_are_listed_with_those_of_every_task(capsys):
+    assert main(["settings", "compare"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "tasks.0[digits].model: mlp or vit = mlp" in said
+    assert "optimizers.0.rule[m3].period: a whole number = 8" in said
+    assert "rates: a list of a number" in said
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
