@@ -60,11 +60,13 @@ def _command() -> list[str]:
 
 
 def _commit() -> str:
-    """The checkout's commit; on a machine without git, what the variable COMMIT says."""
+    """What the variable COMMIT says, for copies of a checkout; else the checkout's commit."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     try:
         found = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT", "unknown")
+        return "unknown"
     return found.stdout.strip()
