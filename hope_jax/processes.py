@@ -2,6 +2,7 @@
 
 import os
 import sys
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -32,14 +33,22 @@ def join(how: str | None):
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the processes of {how} cannot meet: {reason}") from error
+    sys.excepthook = _end_at_once
 
 
 def fail(error: BaseException, status: int):
     """Ends the process with a message; among several at once, for the others may not answer."""
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
+    if jax.distributed.is_initialized():
         os._exit(status)
     sys.exit(status)
+
+
+def _end_at_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None):
+    """Else Python's way out waits for the other processes, and they for this one."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _read(how: str) -> dict[str, Any]:

@@ -131,12 +131,11 @@ def run(
                     current.save()
             current.save()
         return current.summarise(about or {})
-    except (OSError, jax.errors.JaxRuntimeError) as error:
-        lost = not isinstance(error, OSError)
-        if lost and jax.process_count() == 1:
+    except (OSError, jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = together.lost(error) or (error if isinstance(error, OSError) else None)
+        if reason is None:
             raise
         left = what_is_left(folder / "checkpoints")
-        reason = f"another process is lost ({str(error).splitlines()[0]})" if lost else error
         raise RunError(f"{folder} stopped: {reason}; of the checkpoints {left}") from error
 
 

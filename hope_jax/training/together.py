@@ -30,3 +30,11 @@ def all_of(fact: bool) -> bool:
 def must_stop(step: int) -> bool:
     """Whether a process was told to end (SIGTERM): says so after the same step in all of them."""
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def lost(error: Exception) -> str | None:
+    """Says that another process is gone, if that is what an error comes from."""
+    network = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+    if jax.process_count() == 1 or not network:
+        return None
+    return f"another process is lost ({str(error).splitlines()[0]})"
