@@ -9,6 +9,7 @@ from flax import nnx
 
 from hope_jax import config
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig, SpreadConfig
+from hope_jax.sharding import MeshConfig, named, use
 
 WIDTH, TIME, ROWS = 12, 19, 2
 SPREAD = {"spread": SpreadConfig(levels=2, lowest_frequency=8, hidden=6)}
@@ -85,6 +86,21 @@ def test_initial_states_and_paces_receive_gradients(name):
         assert np.all(np.isfinite(leaf))
         assert np.all(leaf != 0) or leaf.ndim > 1, jax.tree_util.keystr(path)
         assert np.any(leaf != 0), jax.tree_util.keystr(path)
+
+
+def test_rows_and_hidden_units_over_a_mesh_are_the_same():
+    layer, (x, starts) = build("sequential"), draw()
+    x, starts = jnp.tile(x, (2, 1, 1)), jnp.tile(starts, (2, 1))
+    alone, _ = jax.jit(layer)(x, None, starts)
+    mesh = MeshConfig(data=4, tensor=2).build()
+    with use(mesh):
+        rows = [jax.device_put(a, named(("batch", None), a.shape[:2], mesh)) for a in (x, starts)]
+        graph, params = nnx.split(layer, nnx.Param)
+        split = jax.jit(lambda params, x, starts: nnx.merge(graph, params)(x, None, starts))
+        y, memory = split(params, *rows)
+        chex.assert_trees_all_close(y, alone, rtol=1e-4, atol=1e-5)
+        (delta, *_) = memory[0].fast.delta
+        assert "data" in str(delta.sharding.spec)
 
 
 def test_a_level_without_a_chunk_is_a_feed_forward_network():

@@ -147,8 +147,8 @@ class ContinuumConfig:
       spread: Makes the levels where they are not named: `{levels: 4, lowest_frequency: 4096,
         hidden: 512}` moves four of them every 64, 256, 1024 and 4096 tokens.
       objective: What levels with a chunk learn in context: "local", to say at each token a learned
-        view of the next one's input, inside every call of the model; "next_token", to lower the
-        model's own loss, which `hope_jax.read` does (see `models.adapt`).
+        view of what the continuum reads at the next, inside every call of the model; "next_token",
+        to lower the model's own loss, which `hope_jax.read` does (see `models.adapt`).
       adapt: Which matrices of a level move in context: its "output" alone, which costs half the
         memory and no second pass through the level, or "all".
       dgd: Whether moves are those of delta gradient descent.
@@ -325,12 +325,10 @@ class Level(nnx.Module):
             normal(out, (hidden, width), 1 / sqrt(branches * hidden)), ("mlp", "embed"), "matrix"
         )
         own = [self.norm.scale, self.up, self.down]
-        middle, view = jax.random.split(jax.random.fold_in(key, 1))
         if config.depth > 1:
             shape = (config.depth - 1, hidden, hidden)
-            self.middle = parameter(
-                normal(middle, shape, 1 / sqrt(hidden)), (None, None, "mlp"), "matrix"
-            )
+            middle = normal(jax.random.fold_in(key, 1), shape, 1 / sqrt(hidden))
+            self.middle = parameter(middle, (None, None, "mlp"), "matrix")
             own.append(self.middle)
         if config.rank:
             reads, says = jax.random.split(jax.random.fold_in(key, 2))
@@ -349,11 +347,8 @@ class Level(nnx.Module):
             self.leak = parameter(leak, ("embed",), "vector")
             own.append(self.leak)
         elif config.chunk is not None and continuum.objective == "local":
-            self.view = parameter(
-                normal(view, (width, width), 1 / sqrt(width)), ("embed", None), "matrix"
-            )
             self.pace = parameter(jnp.asarray(self._logits()), (None,), "vector")
-            own += [self.view, self.pace]
+            own.append(self.pace)
         for weight in own:
             weight.set_metadata(level=index)
 
@@ -387,6 +382,7 @@ class Level(nnx.Module):
         memory: Any = None,
         starts: Starts | None = None,
         *,
+        values: Activations | None = None,
         carrier: "Level | None" = None,
     ) -> tuple[Activations, Any]:
         """Returns what the level recalls for each token, and what it carries on.
@@ -395,6 +391,7 @@ class Level(nnx.Module):
           x: The tokens.
           memory: What earlier ones left behind.
           starts: Where documents begin.
+          values: What should have been said one token before, where that is learned.
           carrier: The slower level that carries what this one's deltas begin with, if any.
         """
         config = self.config
@@ -404,11 +401,11 @@ class Level(nnx.Module):
         if config.chunk is None:
             return self._recall(x), None
         inputs = self._hidden(x) if self.continuum.adapt == "output" else x
-        if self.continuum.objective == "next_token":
+        if values is None:
             return held_level(inputs, self._moving(), memory, starts, activation=config.activation)
         return continuum_level(
             inputs,
-            dense(x, self.view[...], self.learns_by),
+            values,
             self._moving(),
             self.learned_pace(carrier),
             memory,
@@ -469,6 +466,8 @@ class ContinuumMemory(nnx.Module):
       Behrouz et al., "Nested Learning", 2025, section 7.1.
     """
 
+    learns_by = "dot"
+
     def __init__(
         self,
         config: ContinuumConfig,
@@ -496,12 +495,22 @@ class ContinuumMemory(nnx.Module):
         )
         if config.variant not in CHAINED:
             self.mixture = parameter(jnp.zeros(count), (None,), "vector")
+        if config.learns() and config.objective == "local":
+            self.norm = RMSNorm(width, epsilon=epsilon)
+            view = normal(jax.random.fold_in(key, 1), (width, width), 1 / sqrt(width))
+            self.view = parameter(view, ("embed", None), "matrix")
 
     def _carriers(self) -> list[Level | None]:
         """For each level the slower one that carries what its deltas begin with."""
         if self.config.variant == "nested":
             return [*self.levels[1:], None]
         return [None] * len(self.levels)
+
+    def _shared_out(self, x: Activations) -> list[Activations]:
+        """What each level sees of features: all, or its share in a headwise continuum."""
+        if self.config.variant == "headwise":
+            return jnp.split(x, len(self.levels), axis=-1)
+        return [x] * len(self.levels)
 
     def initial_memory(self, batch: int, dtype: jnp.dtype) -> tuple[Any, ...]:
         """What `memory=None` means: for each level what it carries, None for nothing."""
@@ -519,16 +528,17 @@ class ContinuumMemory(nnx.Module):
         """Adds what the levels recall to `x`; returns also what they carry on."""
         memory = memory or (None,) * len(self.levels)
         chained = self.config.variant in CHAINED
-        inputs = [x] * len(self.levels)
-        if self.config.variant == "headwise":
-            inputs = jnp.split(x, len(self.levels), axis=-1)
+        inputs, values = self._shared_out(x), [None] * len(self.levels)
+        if hasattr(self, "view"):
+            values = self._shared_out(dense(self.norm(x), self.view[...], self.learns_by))
         recalled, after = [], []
-        for level, carrier, part, carried in zip(
-            self.levels, self._carriers(), inputs, memory, strict=True
+        for level, carrier, part, wanted, carried in zip(
+            self.levels, self._carriers(), inputs, values, memory, strict=True
         ):
             if self.config.variant == "flow" and recalled:
                 part = recalled[-1]
-            y, carried = level(x if chained else part, carried, starts, carrier=carrier)
+            part = x if chained else part
+            y, carried = level(part, carried, starts, values=wanted, carrier=carrier)
             after.append(carried)
             recalled.append(y)
             x = x + y if chained else x
