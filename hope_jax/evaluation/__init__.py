@@ -1,5 +1,6 @@
 """What can be asked of a trained model: one frozen dataclass for each task, listed in `TASKS`."""
 
+from hope_jax.evaluation.longcontext import LongContext
 from hope_jax.evaluation.memory import Memory
 from hope_jax.evaluation.perplexity import Perplexity
 from hope_jax.evaluation.read import Read
@@ -11,5 +12,6 @@ TASKS: dict[str, type[Task]] = {
     "sample": Sample,
     "read": Read,
     "memory": Memory,
+    "longcontext": LongContext,
 }
 """Name on the command line -> task."""
