@@ -168,6 +168,6 @@ class Attention(nnx.Module):
             starts,
             window=config.window,
             rotary_base=config.rotary_base,
-            rotary_scaling=scaling and scaling.stretch,
+            rotary_scaling=None if scaling is None else scaling.stretch,
         )
         return self.out(join_heads(y)), memory

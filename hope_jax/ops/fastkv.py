@@ -1,6 +1,6 @@
 """FastKV: a matrix memory per head that learns `key -> value` by a fixed rule while it is read."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +100,7 @@ def fast_kv(
 
     call = q, k, v, retain, write, memory.state.astype(accumulate), starts, rule, chunk, dtype
     y, state = pick(FORMS, form, *call)(*call)
-    if not normalizer:
+    if memory.normalizer is None:
         return y.astype(dtype), FastKVMemory(state, None)
     weight = memory.normalizer[..., None, :].astype(accumulate)
     ones = jnp.ones_like(v[..., :1])
@@ -247,7 +247,8 @@ def _effects(steps, writes):
     pushes = jnp.pad(writes, [(0, 0)] * (writes.ndim - 1) + [(width, 0)])
     path = follow(steps, jnp.broadcast_to(rows, (*batch, *rows.shape)), pushes)
     ends, _ = advance(steps, path)
-    recalls = path.recalled[..., :width], path.recalled[..., width:]
+    inherited, own = jnp.split(path.recalled, [width], -1)  # pyrefly: ignore[bad-argument-type]
+    recalls = inherited, own
     return ends[..., :width, :], ends[..., width:, :], recalls
 
 
@@ -282,12 +283,11 @@ def _unfit(q, k, v, retain, write, state, starts, rule, chunk, dtype):  # noqa: 
 
 
 def _plan(rule, chunk, dtype):
-    erases = {"nothing": "nothing", "key": "retained" if RULES[rule].retains_first else "state"}
     return Plan(
         memories=("memory",),
         gates=(),
         objective="dot",
-        erases=erases[RULES[rule].erases],
+        erases=_erases(rule),
         anchor=False,
         normalize=False,
         targets="value",
@@ -298,6 +298,12 @@ def _plan(rule, chunk, dtype):
         holds=False,
         operand=jnp.dtype(dtype),
     )
+
+
+def _erases(rule) -> Literal["nothing", "state", "retained"]:
+    if RULES[rule].erases == "nothing":
+        return "nothing"
+    return "retained" if RULES[rule].retains_first else "state"
 
 
 FORMS = {

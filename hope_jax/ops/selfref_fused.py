@@ -23,12 +23,13 @@ def run(x, views, biases, initial, memory, starts, setting):
     bias = None
     if plan.gates:
         bias = _rows([bias[:, None, None] for bias in biases])[:, None, :, 0]
-    carried = None
+    carried, position = None, jnp.asarray(x.shape[1], jnp.int32)
     if memory is not None:
+        position += memory.position
         carried = Carried(memory.position, _together(memory.state), _together(memory.held))
     y, after = remember(plan, tokens, _together(initial), bias, carried, starts)
     state, held = (_apart(states, initial) for states in after[1:])
-    return y.astype(x.dtype), (after.position, state, None, held)
+    return y.astype(x.dtype), (position, state, None, held)
 
 
 def refuses(x, views, biases, initial, memory, starts, setting):

@@ -333,11 +333,9 @@ def prepare(
     names = ["write", "arrival", "departure", "before", "after", "through"]
     names += ["forget"] if "alpha" in plan.gates else []
     names += ["retain", "erase"] if plan.erases == "retained" else []
+    names += ["inherit", "restore"] if lesson.restore is not None else []
     for name in names:
         note(name, getattr(lesson, name))
-    if lesson.restore is not None:
-        note("inherit", lesson.inherit)
-        note("restore", lesson.restore)
     note("pull", _settled(plan, lesson, lesson.after * lesson.key))
     for name in plan.names:
         target, scale, delta = teach(plan, lesson, place, memories, name)
@@ -462,7 +460,7 @@ def unlearn(
             along = _error(plan, place, memories, name, key, along)
         dwrite += jnp.sum(owed * along, 1, keepdims=True)
     dkey, dafter, dthrough = _undo_push(plan, notes, memories, ledger, key)
-    derase = dbefore = spans = None
+    derase, dbefore, spans = 0.0, None, None
     if plan.erases != "nothing":
         more, derase, dbefore, spans = _undo_erasing(plan, notes, place, memories, ledger, key)
         dkey += more
@@ -726,8 +724,7 @@ def _project(plan, name, tokens, place, memories):
 
 def _gates(plan, tokens, place, memories, bias):
     """The write gate, the retention gate, one minus that (None if given), its logarithm."""
-    if plan.gates:
-        logits = consult(plan, place, memories, "gates", tokens["x"]) + bias
+    logits = consult(plan, place, memories, "gates", tokens["x"]) + bias if plan.gates else None
     if "eta" in plan.gates:
         write = plan.write_max * jax.nn.sigmoid(_column(logits, 0))
     else:

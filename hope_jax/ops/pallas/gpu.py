@@ -416,7 +416,7 @@ def _unlearn_kernel(
 
         def before(name, state, held):
             held = 0 if held is None else held
-            if plan.holds:
+            if plan.holds and place is not None:
                 last = pending & (place.last >= 0)
                 ending = jnp.where(last, dends_held[name][...], 0)
                 if dorigins is not None and not plan.anchor:
@@ -439,7 +439,7 @@ def _unlearn_kernel(
         bias = _unlearn_chunk(plan, sequence, notes, starts, dy, n, ledger, dtokens)
         if plan.gates:
             _put(fence, dbias, dbias[...] + bias)
-        return pending & (place.last < 0) if plan.holds else pending
+        return pending if place is None else pending & (place.last < 0)
 
     for name in plan.names:
         dstates[name][...] = dends[name][...]
@@ -479,9 +479,6 @@ class _Loaded(dict):
     def __getitem__(self, name):
         value = super().__getitem__(name)[self.n]
         return value if value.ndim == 2 else value[:, None]
-
-    def get(self, name):
-        return self[name] if name in self else None  # noqa: SIM401
 
 
 def _notes(refs, n):
