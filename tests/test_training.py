@@ -296,10 +296,13 @@ def test_other_data_than_the_checkpoints_is_refused(tmp_path, data, what):
         train(tmp_path, steps=8, data=ToyData(**data))
 
 
-def test_a_checkpoint_is_restored_on_another_mesh_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("order", [(8, 1), (1, 8)])
+def test_a_checkpoint_is_restored_on_another_mesh_bit_for_bit(tmp_path, order):
     model, tx = ToyConfig(width=64), optimizer()
     states = []
-    for devices, mesh in ((8, MeshConfig(data=1, fsdp=4, tensor=2)), (1, MeshConfig())):
+    meshes = {8: MeshConfig(data=1, fsdp=4, tensor=2), 1: MeshConfig()}
+    for devices in order:
+        mesh = meshes[devices]
         experiment = ToyExperiment(training=TrainingConfig(), model=model)
         with sharding.use(mesh.build(jax.devices()[:devices])):
             abstract = step.abstract_state(toy_outline(experiment), tx)

@@ -149,14 +149,18 @@ class Checkpoints:
         return None
 
     def _finish(self):
-        """Waits for the save under way, notes how large its files are, and deletes older ones."""
+        """Waits for the save under way, and tidies up after it."""
         saving, self._saving = self._saving, None
         if saving is None:
             return
         saving.result()
         together.wait("after a checkpoint was written")
-        if not together.is_first():
-            return
+        if together.is_first():
+            self._tidy()
+        together.wait("after older checkpoints were deleted")
+
+    def _tidy(self):
+        """Notes how large the newest checkpoint's files are, and deletes older ones."""
         complete = steps(self.folder)
         _seal(complete[-1])
         for path in set(complete[: -self._keep]) - {_best(complete)}:
