@@ -91,6 +91,12 @@ def test_every_config_of_the_project_is_valid_and_says_what_it_is(path, tmp_path
     assert path.read_text().startswith("# "), "its head says what it trains and what to expect"
 
 
+def test_layers_with_an_objective_of_their_own_take_whole_batches(small):
+    assert config.load(small, ["model.objective=l2"]).model.objective == "l2"
+    with pytest.raises(ConfigError, match=r"accumulate must be 1 .*model.objective=l2, got 2"):
+        config.load(small, ["model.objective=l2", "training.accumulate=2"])
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [

@@ -69,7 +69,12 @@ OPTIMIZERS: dict[str, type[Rule]] = {
     "m3": M3Config,
     "m3_printed": M3PrintedConfig,
 }
-"""Every optimizer by the `kind` of its config."""
+"""Every optimizer by the `kind` of its config.
+
+Of those that optax has, two are used around this table and not from it: Sophia, whose update needs
+the loss as a function, and schedule-free, whose parameters are not those to evaluate. As
+`optax.contrib.schedule_free` does, whatever wraps a transform wraps the aliases of this package.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
