@@ -23,6 +23,7 @@ from hope_jax.models.decoder import Decoder, ModelConfig
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 from hope_jax.modules.memory import AssociativeConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
+from hope_jax.ops import continuum as op
 from hope_jax.ops.likelihood import next_token_loss
 from hope_jax.records import append, record
 
@@ -71,6 +72,7 @@ def cost(arguments):
             "rows": arguments.rows,
             "window": arguments.window,
             "hidden": arguments.hidden,
+            "together": arguments.together,
             "times_static": round(best / base, 3),
             "delta_megabytes_a_sequence": delta_bytes(model) / 1e6,
             "peak_gigabytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -273,7 +275,10 @@ def main():
     parser.add_argument("--hidden", type=int, nargs="+")
     parser.add_argument("--window", type=int, default=4096, help="of a training step in `cost`")
     parser.add_argument("--steps", type=int, default=8, help="that are timed in `cost`")
-    parser.add_argument("--settings", nargs="+", default=["static", "output", "all"])
+    parser.add_argument("--together", type=int, default=op.TOGETHER, help="see `ops.continuum`")
+    parser.add_argument(
+        "--settings", nargs="+", default=["static", "output"], help="static, output, all"
+    )
     parser.add_argument("--data", type=Path, default=Path("data/wikitext2"))
     parser.add_argument("--bytes", type=int, default=BLOCK, help="of each stream")
     parser.add_argument("--train-steps", type=int, default=600)
@@ -282,6 +287,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--local", action="store_true", help="train a model with `local` too")
     arguments = parser.parse_args()
+    op.TOGETHER = arguments.together
     large = arguments.what == "cost"
     arguments.width = arguments.width or (1024 if large else 384)
     arguments.layers = arguments.layers or (9 if large else 4)

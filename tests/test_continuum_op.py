@@ -78,7 +78,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("shapes", "options", "position", "starts"), CASES)
-def test_chunked_is_the_reference_in_values_and_gradients(shapes, options, position, starts):
+def test_forms_are_the_reference_in_values_and_gradients(shapes, options, position, starts):
     arrays, where = random_call(shapes, options, starts=starts)
     memory = None if position is None else carried(arrays, options, position)
     slope = jnp.asarray(np.random.default_rng(2).normal(size=arrays[1].shape))
@@ -91,12 +91,13 @@ def test_chunked_is_the_reference_in_values_and_gradients(shapes, options, posit
         return jnp.sum(y * slope) + sum(jnp.sum(jnp.sin(a)) for a in floats(after)), (y, after)
 
     both = {}
-    for form in ("reference", "chunked"):
+    other = "together" if shapes == "linear" else "chunked"
+    for form in ("reference", other):
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
         slopes, result = jax.jit(partial(gradient, form=form))(arrays, memory)
         both[form] = result, floats(slopes)
-    close(both["chunked"], both["reference"])
-    assert all(np.abs(slope).max() > 0 for slope in both["chunked"][1][:3])
+    close(both[other], both["reference"])
+    assert all(np.abs(slope).max() > 0 for slope in both[other][1][:3])
 
 
 @pytest.mark.parametrize("options", ["plain", "erasing"])
@@ -104,9 +105,10 @@ def test_chunks_that_are_solved_together_are_chunks_one_by_one(options, monkeypa
     arrays, where = random_call("linear", options, time=23)  # two groups, a chunk, three tokens
     monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 11)
     reference = call(arrays, where, options, "reference")
+    close(call(arrays, where, options, "together"), reference)
     close(call(arrays, where, options, "chunked"), reference)
     spoiled = (arrays[0], arrays[1].at[0, 5].set(jnp.inf), *arrays[2:])
-    fast = call(spoiled, None, options)[1].fast
+    fast = call(spoiled, None, options, "together")[1].fast
     assert fast.skipped.tolist() == [2, 0]
     assert fast.writes.tolist() == [3, 5]
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(fast))

@@ -152,7 +152,8 @@ class ContinuumConfig:
       adapt: Which matrices of a level move in context: its "output" alone, which costs half the
         memory and no second pass through the level, or "all".
       dgd: Whether moves are those of delta gradient descent.
-      surprise: The root mean square error below which a level writes nothing.
+      surprise: The root mean square error below which a level writes nothing; with "next_token" the
+        root of the mean loss.
       replay: Chunks that a reading with "next_token" stores to learn them again; 0 for none.
       replay_ratio: Their share of a gradient.
       replay_steps: How many of them are learned again with each new chunk.

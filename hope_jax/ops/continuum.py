@@ -14,8 +14,8 @@ from hope_jax.ops.triangular import unit_lower_inverse
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
-TOGETHER = 512
-"""Tokens whose chunks are solved at once where one linear layer learns in shorter ones."""
+TOGETHER = 256
+"""Tokens whose chunks the form "together" solves at once where these are shorter."""
 
 Matrices = tuple[Array, ...]
 """The layers of a network, each `[P, I, O]`: P projections of one input, whose outputs are
@@ -164,7 +164,7 @@ def continuum_level(
       activation: Between layers.
       dgd: Whether moves also erase D along the inputs they saw (delta gradient descent).
       surprise: See above; 0 lets every chunk write.
-      form: "auto", "chunked" or "reference".
+      form: "auto", "together", "chunked" or "reference".
 
     Returns:
       What was read, in the type of `x`, and the memory after the last token.
@@ -340,15 +340,18 @@ def chunked(
     memory: LevelMemory | None,
     starts: Bool[Array, "B T"] | None,
     setting: Setting,
+    *,
+    together: int = 0,
 ) -> tuple[Float[Array, "B T V"], LevelMemory]:
     """Goes from chunk to chunk; inside one all is matrix products.
 
     What does not depend on D is computed before the scan, and D is first read in the second chunk.
-    Chunks shorter than `TOGETHER` tokens are solved several at a time where that can be done, see
-    `_together`; of such a group all moves are left out if one is not finite. A call that continues
-    a memory is laid on a grid of tiles, each a part of a chunk and no longer than the call, with
-    padding in front and behind that teaches nothing. The backward pass keeps the deltas at
-    the beginnings of chunks and computes each chunk a second time.
+    A call that continues a memory is laid on a grid of tiles, each a part of a chunk and no longer
+    than the call, with padding in front and behind that teaches nothing. The backward pass keeps
+    the deltas at the beginnings of chunks and computes each chunk a second time.
+
+    Chunks shorter than `together` tokens are solved several at a time where that can be done, see
+    `_together`.
     """
     tokens = _Tokens(
         x=x,
@@ -358,7 +361,7 @@ def chunked(
         pairs=jnp.ones(x.shape[:2], bool),
     )
     if memory is None:
-        y, fast = _from_nothing(setting, pace, weights, tokens)
+        y, fast = _from_nothing(setting, pace, weights, tokens, together)
         position = jnp.asarray(x.shape[1], jnp.int32)
     else:
         y, fast = _go_on(setting, pace, weights, tokens, memory)
@@ -366,7 +369,19 @@ def chunked(
     return y.astype(x.dtype), LevelMemory(position, x[:, -1], fast)
 
 
-FORMS = {"chunked": Form(chunked), "reference": Form(reference)}
+def together(*call) -> tuple[Float[Array, "B T V"], LevelMemory]:
+    """As `chunked`, and short chunks at once: fewer and larger steps, which accelerators want.
+
+    Of chunks that are solved at once all moves are left out if one is not finite.
+    """
+    return chunked(*call, together=TOGETHER)
+
+
+FORMS = {
+    "together": Form(together, platforms=("gpu", "tpu")),
+    "chunked": Form(chunked),
+    "reference": Form(reference),
+}
 
 
 class _Tokens(NamedTuple):
@@ -387,13 +402,13 @@ class _Tokens(NamedTuple):
     pairs: Bool[Array, "#B T"]
 
 
-def _from_nothing(setting, pace, weights, tokens):
+def _from_nothing(setting, pace, weights, tokens, together):
     """Reads a sequence from its beginning: the first chunk, whole ones, and the rest of one."""
     batch, time = tokens.x.shape[:2]
     size = min(setting.chunk, time)
     whole = time // setting.chunk
     fast = _fresh(tokens.x, weights, pace).fast
-    joined = _joined(setting, weights, whole)
+    joined = _joined(setting, weights, whole, together)
     if joined > 1:
         done = whole // joined * joined
         y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined)
@@ -426,11 +441,11 @@ def _from_nothing(setting, pace, weights, tokens):
     return jnp.concatenate(answers, 1), fast
 
 
-def _joined(setting, weights, whole):
+def _joined(setting, weights, whole, together):
     """How many of `whole` chunks are solved at a time; 1 where each decides on the next."""
     if len(weights) > 1 or setting.outer is not None or setting.surprise:
         return 1
-    return max(1, min(TOGETHER // setting.chunk, whole))
+    return max(1, min(together // setting.chunk, whole))
 
 
 class _Decays(NamedTuple):
