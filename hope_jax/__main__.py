@@ -142,7 +142,11 @@ def compare(given: argparse.Namespace) -> int:
     """Runs what was not run before, and writes the report."""
     from hope_jax.comparison.compare import load, run
 
-    folder = run(load(given.config, given.overrides))
+    try:
+        folder = run(load(given.config, given.overrides))
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on", file=sys.stderr)
+        return 130
     print(f"report: {folder / 'report.html'}")
     return 0
 
