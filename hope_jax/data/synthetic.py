@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from hope_jax.data.packing import Piece, SplitInfo
+from hope_jax.data.packing import Piece, SplitInfo, weigh
 from hope_jax.data.synthetic_labels import About, Labelled
 
 
@@ -77,7 +77,7 @@ class RecallConfig:
         """An episode without its `bos`."""
         start = number * self.length
         piece = self.stream(split, bos=self.symbols).read(start, start + self.length)
-        return Labelled(piece.tokens[1:-1], piece.tokens[2:], piece.weights[2:])
+        return Labelled(piece.tokens[1:-1], piece.tokens[2:], weigh(piece)[2:])
 
     def stream(self, split: str, *, bos: int) -> "RecallStream":
         """Returns the episodes of a split, one after another."""

@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 
 class Labelled(NamedTuple):
@@ -15,9 +15,9 @@ class Labelled(NamedTuple):
       weights: How much each label counts; 0 where there is none.
     """
 
-    inputs: Int[np.ndarray, "*N T"]
-    labels: Int[np.ndarray, "*N T"]
-    weights: Float[np.ndarray, "*N T"]
+    inputs: Int[Array | np.ndarray, "*N T"]
+    labels: Int[Array | np.ndarray, "*N T"]
+    weights: Float[Array | np.ndarray, "*N T"]
 
 
 class About(NamedTuple):

@@ -2,6 +2,7 @@
 
 from hope_jax.evaluation.longcontext import LongContext
 from hope_jax.evaluation.memory import Memory
+from hope_jax.evaluation.needles import Needles
 from hope_jax.evaluation.perplexity import Perplexity
 from hope_jax.evaluation.read import Read
 from hope_jax.evaluation.sample import Sample
@@ -13,5 +14,6 @@ TASKS: dict[str, type[Task]] = {
     "read": Read,
     "memory": Memory,
     "longcontext": LongContext,
+    "needles": Needles,
 }
 """Name on the command line -> task."""

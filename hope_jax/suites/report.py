@@ -16,7 +16,7 @@ from hope_jax.data.synthetic_labels import LabelledTask
 from hope_jax.records import record
 from hope_jax.training import metrics
 
-Results = Mapping[tuple[LabelledTask, str, float, int], dict[str, Any]]
+Results = Mapping[tuple[Any, str, float, int], dict[str, Any]]
 """What each run found, by task, model, rate and seed; see `hope_jax.suites.train`."""
 
 

@@ -147,12 +147,14 @@ class Learner:
             }
         return params
 
-    def logits(self, params: Params, inputs: Int[Array, "B T"]) -> Float[Array, "B T symbols"]:
+    def logits(
+        self, params: Params, inputs: Int[Array | np.ndarray, "B T"]
+    ) -> Float[Array, "B T symbols"]:
         """What the model says."""
         model: Decoder = nnx.merge(self._graphdef, params["model"])
         if not self._summary:
-            return model(inputs)[0]
-        last = model.hidden(inputs)[0][:, -1:].astype(jnp.float32)
+            return model(jnp.asarray(inputs))[0]
+        last = model.hidden(jnp.asarray(inputs))[0][:, -1:].astype(jnp.float32)
         decoder = params["decoder"]
         return jax.nn.gelu((last + decoder["places"]) @ decoder["up"]) @ decoder["down"]
 
