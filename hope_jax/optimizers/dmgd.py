@@ -21,6 +21,9 @@ from hope_jax.optimizers.parameters import (
 )
 from hope_jax.optimizers.standard import check_positive, check_shares, descend, divide, settings
 
+TOGETHER = 1 << 23
+"""Coordinates whose hidden units are computed at once."""
+
 Network = tuple[Float[Array, "... _into _out"], ...]
 
 
@@ -193,8 +196,9 @@ def scale_by_dmgd(
             return network, unit
         if rows:
             return jax.vmap(one)(unit, network, start)
-        # Hidden units of coordinates are as many times larger than the gradient: one by one.
-        return jax.lax.map(lambda args: one(*args), (unit, network, start))
+        # Hidden units of coordinates are as many times larger than the gradient: some at a time.
+        together = min(max(TOGETHER // unit[0].size, 1), len(unit))
+        return jax.lax.map(lambda args: one(*args), (unit, network, start), batch_size=together)
 
     return optax.GradientTransformation(init, update)
 
