@@ -20,6 +20,12 @@ from hope_jax.models.adapt import Reading, norms, read
 from hope_jax.models.decoder import BlockMemory, Decoder
 from hope_jax.ops.continuum import LevelMemory
 
+BESIDE = ("convolution", "held", "momentum")
+"""Parts of a sequence layer's memory that are not drawn."""
+
+CELLS = 64
+"""Grids of so many numbers have them written into their cells."""
+
 MARKS = 200
 """The most moves of a level that are drawn."""
 
@@ -104,10 +110,10 @@ def lengths(memory: BlockMemory | Reading) -> dict[str, float]:
     tower = memory.memory if isinstance(memory, Reading) else memory
     found: dict[str, float] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tower.mixer):
-        name = "".join(str(key) for key in path).strip(".").replace("['", ".").replace("']", "")
-        if leaf.ndim > 3:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if leaf.ndim > 3 and not any(part in name for part in BESIDE):
             squares = np.sum(np.square(np.asarray(leaf, np.float64)), tuple(range(1, leaf.ndim)))
-            found[name] = float(np.sqrt(squares).mean())
+            found[name.removeprefix("fast.")] = float(np.sqrt(squares).mean())
     for index, norm in norms(memory).items():
         found[f"level {index}"] = float(norm.mean())
     return found
@@ -160,20 +166,23 @@ def draw_lengths(
     places: np.ndarray, curves: dict[str, np.ndarray], chunks: dict[str, int]
 ) -> Picture:
     """Draws the length of every memory over the stream, and where levels move."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, title in zip(panels, ("sequence layers", "levels"), strict=True):
+        axes.set(title=title, xlabel="token", ylabel="length")
+        axes.grid(alpha=0.3)
     for name, curve in curves.items():
+        axes = panels[int(name in chunks)]
         (line,) = axes.plot(places, curve, label=name, linewidth=1.3)
         chunk = chunks.get(name, 0)
         if chunk and places[-1] // chunk <= MARKS:
             moves = np.arange(chunk, places[-1] + 1, chunk)
             heights = np.interp(moves, places, curve)
             axes.plot(moves, heights, "|", color=line.get_color(), markersize=8)
-    axes.set_xlabel("token")
-    axes.set_ylabel("length")
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8)
+    for axes in panels:
+        if axes.lines:
+            axes.legend(fontsize=8)
+            axes.set_ylim(bottom=0)
     about = "Length of each memory over the stream, mean over layers; ticks: moves of a level."
     return Picture("memory-lengths", about, _png(figure))
 
@@ -190,6 +199,9 @@ def draw_grids(grids: dict[str, np.ndarray], rows: str, columns: str, about: str
         axes.set(title=name, xlabel=columns, ylabel=rows)
         axes.set_xticks(range(grid.shape[1]))
         axes.set_yticks(range(grid.shape[0]))
+        if grid.size <= CELLS:
+            for (row, column), value in np.ndenumerate(grid):
+                axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=8)
         figure.colorbar(image, ax=axes)
     name = "-".join(grids)
     return Picture(f"memory-{name}", f"{', '.join(grids)} {about}.", _png(figure))
