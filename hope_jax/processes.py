@@ -12,7 +12,8 @@ HEARTBEAT = 20
 
 HELP = (
     "train with several processes: auto asks the environment (Cloud TPU, GKE, SLURM, Open MPI), "
-    "or HOST:PORT,COUNT,INDEX of process 0, of them all, and of this one"
+    "or HOST:PORT,COUNT,INDEX of process 0, of them all, and of this one (on a host with GPUs, say "
+    "by JAX_LOCAL_DEVICE_IDS which are this one's)"
 )
 
 

@@ -41,6 +41,7 @@ class TrainingConfig:
         loss of those that an evaluation came before.
       patience: Steps in a row with a loss or gradient that is not finite, after which to stop.
       sample_tokens: The length of a text that the model writes at every evaluation; 0 for none.
+        Where several processes train, none is written.
       prompt: What it begins with; None begins a document.
       folder: Where runs lie; this one lies in the folder of its name there.
       wandb: A Weights & Biases project to report to.
