@@ -306,7 +306,13 @@ def outer_memory(
 
 def _inverse_root(outer: Float[Array, "... N N"], eps: float) -> Float[Array, "... N N"]:
     """H^(-1/2), with eigenvalues below `eps` times the largest raised to that; 0 where H is 0."""
-    values, vectors = jnp.linalg.eigh(outer)
-    values = jnp.maximum(values, eps * values[..., -1:])
-    roots = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
-    return (vectors * roots[..., None, :]) @ vectors.mT
+
+    @jax.custom_batching.sequential_vmap
+    def one(outer: Float[Array, "N N"]) -> Float[Array, "N N"]:
+        values, vectors = jnp.linalg.eigh(outer)
+        values = jnp.maximum(values, eps * values[-1:])
+        roots = jnp.where(values > 0, jax.lax.rsqrt(jnp.where(values > 0, values, 1)), 0)
+        return (vectors * roots) @ vectors.T
+
+    # One after the other: batches of decompositions can wait for each other for ever on a CPU.
+    return jax.vmap(one)(outer.reshape(-1, *outer.shape[-2:])).reshape(outer.shape)
