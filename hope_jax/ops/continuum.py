@@ -14,7 +14,7 @@ from hope_jax.ops.triangular import unit_lower_inverse
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
-TOGETHER = 256
+TOGETHER = 512
 """Tokens whose chunks the form "together" solves at once where these are shorter."""
 
 Matrices = tuple[Array, ...]
