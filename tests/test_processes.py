@@ -122,7 +122,7 @@ def test_a_lost_process_ends_the_other_and_together_they_go_on_bit_for_bit(tmp_p
     group = start(2, *toy)
     wait_for(int(checkpoint.steps(tmp_path / "parts/toy/checkpoints")[-1].name) + 10, file, group)
     group[1].send_signal(signal.SIGTERM)  # as a machine that is about to be taken away
-    end(group, 60)
+    end(group)
     saved = checkpoint.steps(tmp_path / "parts/toy/checkpoints")[-1]
     assert int(saved.name) == max(line["step"] for line in metrics.read(file)) < 400
 
