@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     suites.set_defaults(run=suite)
     suites.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/suite_*")
     suites.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
+    about = "learn classes group by group, and tell what is forgotten: CONFIG [key=value ...]"
+    classes = commands.add_parser("continual", help=about, description=about)
+    classes.set_defaults(run=continual)
+    classes.add_argument("config", metavar="CONFIG", help="a YAML file, see configs/continual_*")
+    classes.add_argument("overrides", metavar="key=value", nargs="*", help="settings to change")
     add_exchange(commands)
     about = "learn the tokenizer of a config, or find it: CONFIG FOLDER [key=value ...]"
     tokenizer = commands.add_parser("tokenizer", help=about, description=about)
@@ -154,6 +159,15 @@ def compare(given: argparse.Namespace) -> int:
 def suite(given: argparse.Namespace) -> int:
     """Trains what was not trained before, and writes the report."""
     from hope_jax.suites.suite import load, run
+
+    folder = run(load(given.config, given.overrides))
+    print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+def continual(given: argparse.Namespace) -> int:
+    """Trains what was not trained before, and writes the report."""
+    from hope_jax.suites.classes import load, run
 
     folder = run(load(given.config, given.overrides))
     print(f"report: {folder / 'report.html'}")

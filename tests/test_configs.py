@@ -6,12 +6,14 @@ import pytest
 
 from hope_jax import config
 from hope_jax.comparison.compare import load
+from hope_jax.suites.classes import load as load_continual
 from hope_jax.suites.suite import load as load_suite
 
 ALL = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 COMPARISONS = [path for path in ALL if path.stem.startswith("compare_")]
 SUITES = [path for path in ALL if path.stem.startswith("suite_")]
-CONFIGS = [path for path in ALL if path not in (*COMPARISONS, *SUITES)]
+CONTINUAL = [path for path in ALL if path.stem.startswith("continual_")]
+CONFIGS = [path for path in ALL if path not in (*COMPARISONS, *SUITES, *CONTINUAL)]
 NOMINAL = {"150m": 150e6, "380m": 380e6, "760m": 760e6, "1.3b": 1.3e9}
 FAMILIES = ["fastkv_hope", "gated_deltanet", "hope", "hope_attention", "titans", "transformer"]
 
@@ -36,6 +38,13 @@ def test_a_suite_loads_and_says_what_it_is(path):
     suite = load_suite(str(path))
     assert path.read_text("utf-8").startswith("# ")
     assert len(suite.models) > 1
+
+
+@pytest.mark.parametrize("path", CONTINUAL, ids=lambda path: path.stem)
+def test_continual_learning_loads_and_says_what_it_is(path):
+    settings = load_continual(str(path))
+    assert path.read_text("utf-8").startswith("# ")
+    assert len(settings.seeds) >= 3
 
 
 @pytest.mark.parametrize("size", NOMINAL)

@@ -1,1 +1,1 @@
-"""Suites of made-up tasks: several models, each trained on each task at several rates and seeds."""
+"""Suites of tasks: models trained at several rates and seeds, or on classes that come in groups."""
