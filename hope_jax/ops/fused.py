@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hope_jax.ops.dispatch import platform
 from hope_jax.ops.pallas import gpu
 from hope_jax.ops.pallas.chunk import Plan, Values
-from hope_jax.ops.pallas.gpu import Sequence
+from hope_jax.ops.pallas.walk import Sequence
 
 
 class Carried(NamedTuple):
@@ -64,13 +64,16 @@ def remember(
         segmented=not whole or starts is not None,
         holds=not whole and carried.position is not None,
     )
-    segments = last = None
+    segments = last = final = None
+    if plan.holds:
+        final = jnp.reshape((offset + time - 1) // plan.chunk, 1)
     if plan.segmented:
         segments, last = _segments(plan.chunk, count, offset, batch, time, starts)
     padded = {name: _pad(array, offset, count * plan.chunk) for name, array in tokens.items()}
     states = _from_origin(plan, carried.states, origins, -1)
     held = _from_origin(plan, carried.held, origins, -1) if plan.holds else None
-    y, ends, held = _scan(plan, Sequence(padded, segments, last, states, held, origins, bias))
+    sequence = Sequence(padded, segments, last, final, states, held, origins, bias)
+    y, ends, held = _scan(plan, sequence)
 
     if not whole:
         y = jax.lax.dynamic_slice_in_dim(y, offset, time, 1)
@@ -133,7 +136,7 @@ def _scan_backward(plan, residuals, cotangents):
         plan, _rounded(plan, sequence), starts, *cotangents, launch=_launch()
     )
     dorigins, dbias = jax.tree.map(lambda array: jnp.sum(array, 0), (dorigins, dbias))
-    return (Sequence(dtokens, None, None, dstates, dheld, dorigins, dbias),)
+    return (Sequence(dtokens, None, None, None, dstates, dheld, dorigins, dbias),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from hope_jax.ops.pallas import chunk as chunks
-from hope_jax.ops.pallas.chunk import GATE_ROWS, Ledger, Memories, Place, Plan, Values
+from hope_jax.ops.pallas import walk
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Ledger, Plan, Values
+from hope_jax.ops.pallas.walk import Sequence, View
 
 
 class Launch(NamedTuple):
@@ -31,28 +33,6 @@ class Launch(NamedTuple):
     warps: int = 4
     stages: int = 1
     interpret: bool = False
-
-
-class Sequence(NamedTuple):
-    """What a kernel reads; any of it None if the plan does without.
-
-    Attributes:
-      tokens: By name, `[B, T, H, K]`, gates `[B, T, H]` in float32; T a multiple of the chunk.
-      segments: The number of document starts in a token's chunk up to the token; -1 for padding.
-      last: The number of the last token of a chunk that is not padding; -1 if there is none.
-      states: The states before the first token, `[B, H, V, K]` in float32.
-      held: What the tokens of the first chunk project with, if they are not the first.
-      origins: Where the states return to, `[H, V, K]`, as operands.
-      bias: Of the gates, `[H, 1, GATE_ROWS]`.
-    """
-
-    tokens: Values
-    segments: Int[Array, "B T"] | None
-    last: Int[Array, "B N"] | None
-    states: Values
-    held: Values | None
-    origins: Values | None
-    bias: Float[Array, "H 1 G"] | None
 
 
 def forward(
@@ -88,7 +68,7 @@ def forward(
         starts if keep else None,
     )
     return pl.pallas_call(
-        partial(_forward, plan, _fence(launch)),
+        partial(_forward_kernel, plan, _view(plan, launch)),
         out_shape=out,
         grid=(heads, batch),
         in_specs=[_sequence_specs(sequence)],
@@ -140,12 +120,7 @@ def backward(
         dstates, afters = _push_back(plan, sequence, notes, dstates, launch)
         dtokens = _unlearn_at_once(plan, sequence, notes, starts, afters, launch)
         dheld = dorigins = dbias = None
-    if dorigins is not None and plan.read != "chunk" and (plan.anchor or "inherit" in notes):
-        query = notes.get("query")
-        query = sequence.tokens["q"] if query is None else _as_tokens(query)
-        weighed = dy if plan.anchor else dy * _as_tokens(weight)
-        read = jnp.einsum("BTHV,BTHK->BHVK", weighed, query, preferred_element_type=jnp.float32)
-        dorigins = dorigins | {"memory": dorigins["memory"] + read}
+    dorigins = walk.read_by_origin(plan, sequence, notes, weight, dy, dorigins)
     return dtokens | given, dstates, dheld, dorigins, dbias
 
 
@@ -175,7 +150,7 @@ def _prepare(plan, sequence, starts, dy, launch):
         out["dquery"] = _like(sequence.tokens["q"])
         specs["dquery"] = _by_token(out["dquery"])
     return pl.pallas_call(
-        partial(_prepare_kernel, plan),
+        partial(_prepare_kernel, plan, _view(plan, launch)),
         out_shape=out,
         grid=(heads, batch, count),
         in_specs=[_sequence_specs(sequence), jax.tree.map(_by_head, starts), _by_token(dy)],
@@ -207,7 +182,7 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     operands = (sequence, notes, starts, dy, dstates, dheld)
     by_head = partial(jax.tree.map, _by_head)
     return pl.pallas_call(
-        partial(_unlearn_kernel, plan, _fence(launch)),
+        partial(_unlearn_kernel, plan, _view(plan, launch)),
         out_shape=out,
         grid=(heads, batch),
         in_specs=[
@@ -230,15 +205,15 @@ def _push_back(plan, sequence, notes, dstates, launch):
     out = _like(state), _like(notes["dstate"])
     needed = ("through", "dstate", "pull", "ddelta", "before", "write", "erase")
     notes = {name: notes[name] for name in needed if name in notes}
-    key = sequence.tokens["k"]
+    key, view = sequence.tokens["k"], _view(plan, launch)
     count = through.shape[2]
 
     def kernel(notes, key, after, before, afters):
         def chunk(i, after):
             n = count - 1 - i
             afters[n] = after.astype(afters.dtype)
-            rows = key[pl.ds(n * plan.chunk, plan.chunk), :]
-            return chunks.push_back(plan, _notes(notes, n), rows, after)
+            noted = walk.Noted(notes, view.item(n))
+            return chunks.push_back(plan, noted, key[view.rows(n)], after)
 
         before[...] = jax.lax.fori_loop(0, count, chunk, after[...])
 
@@ -270,7 +245,7 @@ def _unlearn_at_once(plan, sequence, notes, starts, afters, launch):
             shelf.__setitem__,
             shelf.__getitem__,
         )
-        _unlearn_chunk(plan, sequence, notes, starts, None, n, ledger, dtokens)
+        walk.unlearn(plan, _view(plan, launch), sequence, notes, starts, None, n, ledger, dtokens)
 
     by_head = partial(jax.tree.map, _by_head)
     return pl.pallas_call(
@@ -289,9 +264,14 @@ def _how(launch):
     return {"compiler_params": params, "interpret": launch.interpret}
 
 
-def _fence(launch):
-    """Lets all threads of a program see what was written before any goes on."""
-    return (lambda: None) if launch.interpret else triton.debug_barrier
+def _view(plan, launch):
+    """A program sees all tokens and chunks of its head."""
+    return View(
+        rows=lambda n: (pl.ds(n * plan.chunk, plan.chunk), ...),
+        item=lambda n: (n, ...),
+        last=lambda ref, n: ref[n],
+        fence=(lambda: None) if launch.interpret else triton.debug_barrier,
+    )
 
 
 def _like(array):
@@ -300,13 +280,6 @@ def _like(array):
 
 def _like_tokens(sequence):
     return next(array for array in sequence.tokens.values() if array.ndim == 4)
-
-
-def _as_tokens(notes):
-    """`[B, H, N, C, ...]` as `[B, T, H, ...]`; a column gets an axis of one feature."""
-    notes = notes if notes.ndim == 5 else notes[..., None]
-    batch, heads, count, size, width = notes.shape
-    return jnp.swapaxes(notes.reshape(batch, heads, count * size, width), 1, 2)
 
 
 def _by_token(array):
@@ -335,6 +308,7 @@ def _sequence_specs(sequence):
         jax.tree.map(_by_token, sequence.tokens),
         jax.tree.map(by_row, sequence.segments),
         jax.tree.map(by_row, sequence.last),
+        jax.tree.map(lambda array: pl.BlockSpec(array.shape, lambda *_: (0,)), sequence.final),
         jax.tree.map(_by_head, sequence.states),
         jax.tree.map(_by_head, sequence.held),
         jax.tree.map(shared, sequence.origins),
@@ -342,185 +316,35 @@ def _sequence_specs(sequence):
     )
 
 
-def _forward(plan, fence, sequence, y, ends, ends_held, starts):
+def _forward_kernel(plan, view, sequence, y, ends, ends_held, starts):
     """The kernel that reads a sequence."""
 
     def chunk(n, _):
-        rows = _rows(plan, n)
-        place, tokens = _place(plan, sequence, n), _tokens(sequence, rows)
-        memories = _memories(plan, sequence, lambda name: ends[name][...], n)
-        bias = None if sequence.bias is None else sequence.bias[...]
-        for name in plan.names if starts is not None else ():
-            starts[name][n] = ends[name][...].astype(plan.operand)
-        if plan.holds:
-            _hold(plan, fence, sequence, n, place, memories, ends, ends_held)
-        lesson = chunks.attend(plan, tokens, place, memories, bias)
-        for name in plan.names:
-            _, _, delta = chunks.teach(plan, lesson, place, memories, name)
-            if name == "memory":
-                part = chunks.read(plan, lesson, place, memories, delta)
-                y[rows, :] = part.astype(y.dtype)
-            after = chunks.advance(plan, lesson, memories, name, ends[name][...], delta)
-            _put(fence, ends[name], after)
+        walk.forward(plan, view, sequence, n, y, ends, ends_held, starts)
         return 0
 
-    for name in plan.names:
-        ends[name][...] = sequence.states[name][...]
-        if plan.holds:
-            ends_held[name][...] = sequence.held[name][...]
-    fence()
+    walk.begin_forward(plan, view, sequence, ends, ends_held)
     jax.lax.fori_loop(0, y.shape[0] // plan.chunk, chunk, 0)
 
 
-def _hold(plan, fence, sequence, n, place, memories, ends, ends_held):
-    """Keeps what the tokens of a chunk project with, for the one in which the sequence ends."""
-    for name in plan.names:
-        held = jnp.where(n == 0, sequence.held[name][...], ends[name][...])
-        fresh = 0 if plan.anchor else memories.origin(name).astype(jnp.float32)
-        held = jnp.where(place.last > 0, fresh, held)
-        _put(fence, ends_held[name], jnp.where(place.last >= 0, held, ends_held[name][...]))
-
-
-def _prepare_kernel(plan, sequence, starts, dy, notes):
+def _prepare_kernel(plan, view, sequence, starts, dy, notes):
     """The kernel that takes notes of a chunk."""
-    n = pl.program_id(2)
-    rows = _rows(plan, n)
-    place, tokens = _place(plan, sequence, n), _tokens(sequence, rows)
-    memories = _memories(plan, sequence, lambda name: starts[name][n], n)
-    bias = None if sequence.bias is None else sequence.bias[...]
-
-    def note(name, value):
-        ref = notes[name]
-        if name == "dquery" and "q" not in plan.memories:
-            ref[rows, :] = value.astype(ref.dtype)
-        else:
-            ref[n] = value.reshape(ref.shape[1:]).astype(ref.dtype)
-
-    lesson = chunks.attend(plan, tokens, place, memories, bias)
-    grad = dy[rows, :]
-    if place is not None:
-        grad = jnp.where(place.live, grad, 0)
-    chunks.prepare(plan, lesson, place, memories, grad, note)
+    walk.prepare(plan, view, sequence, starts, dy, pl.program_id(2), notes)
 
 
 def _unlearn_kernel(
-    plan, fence, sequence, notes, starts, dy, dends, dends_held,
+    plan, view, sequence, notes, starts, dy, dends, dends_held,
     dtokens, dstates, dheld, dorigins, dbias, shelf,
 ):  # fmt: skip
     """The kernel that hands gradients back from chunk to chunk."""
     count = dy.shape[0] // plan.chunk
 
-    def chunk(i, pending):
-        n = count - 1 - i
-        place = _place(plan, sequence, n)
+    def chunk(i, _):
+        walk.backward(
+            plan, view, sequence, notes, starts, dy, dends_held, count - 1 - i,
+            dtokens, dstates, dheld, dorigins, dbias, shelf,
+        )  # fmt: skip
+        return 0
 
-        def before(name, state, held):
-            held = 0 if held is None else held
-            if plan.holds and place is not None:
-                last = pending & (place.last >= 0)
-                ending = jnp.where(last, dends_held[name][...], 0)
-                if dorigins is not None and not plan.anchor:
-                    origin(name, jnp.where(place.last > 0, ending, 0))
-                held += jnp.where(place.last > 0, 0, ending)
-                _put(fence, dheld[name], jnp.where(n == 0, held, 0))
-                held = jnp.where(n == 0, 0, held)
-            _put(fence, dstates[name], state + held)
-
-        def origin(name, change):
-            _put(fence, dorigins[name], dorigins[name][...] + change)
-
-        ledger = Ledger(
-            lambda name: dstates[name][...],
-            before,
-            None if dorigins is None else origin,
-            lambda name, rows: _put(fence, shelf[name], rows),
-            lambda name: shelf[name][...],
-        )
-        bias = _unlearn_chunk(plan, sequence, notes, starts, dy, n, ledger, dtokens)
-        if plan.gates:
-            _put(fence, dbias, dbias[...] + bias)
-        return pending if place is None else pending & (place.last < 0)
-
-    for name in plan.names:
-        dstates[name][...] = dends[name][...]
-        if dorigins is not None:
-            dorigins[name][...] = jnp.zeros(dorigins[name].shape, jnp.float32)
-    if plan.gates:
-        dbias[...] = jnp.zeros(dbias.shape, jnp.float32)
-    fence()
-    jax.lax.fori_loop(0, count, chunk, jnp.bool_(True))
-
-
-def _unlearn_chunk(plan, sequence, notes, starts, dy, n, ledger, dtokens):
-    """Hands gradients back through chunk n; returns that of the bias, if there is one."""
-    rows = _rows(plan, n)
-    place, tokens = _place(plan, sequence, n), _tokens(sequence, rows)
-    memories = _memories(plan, sequence, lambda name: starts[name][n], n)
-    grad = None
-    if plan.read == "chunk":
-        grad = dy[rows, :] if place is None else jnp.where(place.live, dy[rows, :], 0)
-    slopes = chunks.unlearn(plan, tokens, _notes(notes, n), place, memories, ledger, grad)
-    for name, ref in dtokens.items():
-        ref[rows, ...] = slopes[name].reshape(ref.at[rows].shape).astype(ref.dtype)
-    return slopes.get("bias")
-
-
-def _rows(plan, n):
-    return pl.ds(n * plan.chunk, plan.chunk)
-
-
-class _Loaded(dict):
-    """Notes of a chunk by name, loaded when they are asked for."""
-
-    def __init__(self, refs, n):
-        super().__init__(refs)
-        self.n = n
-
-    def __getitem__(self, name):
-        value = super().__getitem__(name)[self.n]
-        return value if value.ndim == 2 else value[:, None]
-
-
-def _notes(refs, n):
-    return _Loaded(refs, n)
-
-
-def _tokens(sequence, rows):
-    """A chunk's tokens; gates as columns."""
-    return {
-        name: ref[rows, ...] if len(ref.shape) == 2 else ref[rows][:, None]
-        for name, ref in sequence.tokens.items()
-    }
-
-
-def _place(plan, sequence, n):
-    if not plan.segmented:
-        return None
-    return Place(sequence.segments[_rows(plan, n)][:, None], sequence.last[n])
-
-
-def _memories(plan, sequence, state, n):
-    """Reads matrices as operands; `state` reads those at the start of chunk n."""
-
-    def held(name):
-        matrix = state(name)
-        if plan.holds:
-            matrix = jnp.where(n == 0, sequence.held[name][...].astype(matrix.dtype), matrix)
-        if plan.anchor:
-            matrix = matrix.astype(jnp.float32) + origin(name).astype(jnp.float32)
-        return matrix.astype(plan.operand)
-
-    def origin(name):
-        return sequence.origins[name][...]
-
-    return Memories(
-        lambda name: state(name).astype(plan.operand),
-        held,
-        None if sequence.origins is None else origin,
-    )
-
-
-def _put(fence, ref, value):
-    fence()
-    ref[...] = value.astype(ref.dtype)
-    fence()
+    walk.begin_backward(plan, view, dends, dstates, dorigins, dbias)
+    jax.lax.fori_loop(0, count, chunk, 0)
