@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import Form, pick
-from hope_jax.ops.triangular import unit_lower_inverse
 
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -593,8 +592,29 @@ def _group(setting, pace, decays: _Decays, gain: int, tokens: _Tokens) -> _Group
     overlap = jnp.einsum("BSI,BDI->BSD", x, x, preferred_element_type=wide)
     lower = gain * shares * overlap * step[:, None, :]
     lower = jnp.where(document[:, :, None] == document[:, None, :], lower, 0)
-    mixing = (unit_lower_inverse(lower) - jnp.eye(size, dtype=wide)).astype(x.dtype)
+    mixing = _inverse_beside_one(lower, chunk).astype(x.dtype)
     return _Group(x, slow, error, keys, step, document, mixing)
+
+
+def _inverse_beside_one(lower: Float[Array, "B S S"], chunk: int) -> Float[Array, "B S S"]:
+    """`(I + L)^-1 - I` of a matrix whose diagonal blocks of a chunk are zero.
+
+    With halves `I + L = [[A, 0], [B, D]]` the corner of the inverse is `-D^-1 B A^-1`: stable, which
+    the Neumann series is not, and of a single chunk's block there is nothing to invert.
+    """
+    size = lower.shape[-1]
+    if size == chunk:
+        return jnp.zeros_like(lower)
+    half = size // chunk // 2 * chunk
+    first = _inverse_beside_one(lower[:, :half, :half], chunk)
+    second = _inverse_beside_one(lower[:, half:, half:], chunk)
+    corner = lower[:, half:, :half]
+    if size - half > chunk:
+        corner = corner + jnp.einsum("BSD,BDE->BSE", second, corner)
+    if half > chunk:
+        corner = corner + jnp.einsum("BSD,BDE->BSE", corner, first)
+    upper = jnp.pad(first, ((0, 0), (0, 0), (0, size - half)))
+    return jnp.concatenate([upper, jnp.concatenate([-corner, second], -1)], 1)
 
 
 def _go_on(setting, pace, weights, tokens, memory):
