@@ -599,8 +599,8 @@ def _group(setting, pace, decays: _Decays, gain: int, tokens: _Tokens) -> _Group
 def _inverse_beside_one(lower: Float[Array, "B S S"], chunk: int) -> Float[Array, "B S S"]:
     """`(I + L)^-1 - I` of a matrix whose diagonal blocks of a chunk are zero.
 
-    With halves `I + L = [[A, 0], [B, D]]` the corner of the inverse is `-D^-1 B A^-1`: stable, unlike
-    the Neumann series, and of a single chunk's block there is nothing to invert.
+    The corner of `[[A, 0], [B, D]]^-1` is `-D^-1 B A^-1`: stable, where the Neumann series is not,
+    and of a single chunk's block there is nothing to invert.
     """
     size = lower.shape[-1]
     if size == chunk:
