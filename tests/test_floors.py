@@ -35,7 +35,7 @@ WORLD = {
     "optimizers": "optax numpy safetensors",
     "training": "flax numpy optax orbax tqdm matplotlib tensorboardX wandb",
     "models": "flax numpy safetensors",
-    "evaluation": "flax numpy tqdm matplotlib",
+    "evaluation": "flax numpy tqdm matplotlib lm_eval",
     "config": "yaml pydantic",
     "comparison": "flax numpy optax matplotlib tqdm",
     "suites": "flax numpy optax matplotlib tqdm",
@@ -46,6 +46,7 @@ ONLY_IN = {
     "orbax": "hope_jax/training/checkpoint.py",
     "grain": "hope_jax/data/",
     "sentencepiece": "hope_jax/data/",
+    "lm_eval": "hope_jax/evaluation/harness",
 }
 
 

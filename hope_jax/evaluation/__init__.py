@@ -1,5 +1,6 @@
 """What can be asked of a trained model: one frozen dataclass for each task, listed in `TASKS`."""
 
+from hope_jax.evaluation.harness import Harness
 from hope_jax.evaluation.longcontext import LongContext
 from hope_jax.evaluation.memory import Memory
 from hope_jax.evaluation.needles import Needles
@@ -15,5 +16,6 @@ TASKS: dict[str, type[Task]] = {
     "memory": Memory,
     "longcontext": LongContext,
     "needles": Needles,
+    "harness": Harness,
 }
 """Name on the command line -> task."""
