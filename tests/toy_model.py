@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
+
+CONTINUUM = ContinuumConfig(levels=(LevelConfig(hidden=1),))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
@@ -15,6 +19,7 @@ class ToyConfig:
     window: int = 8
     width: int = 12
     period: int = 3
+    continuum: ContinuumConfig = CONTINUUM
 
 
 class ToyMemory(NamedTuple):

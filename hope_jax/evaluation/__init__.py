@@ -8,6 +8,7 @@ from hope_jax.evaluation.perplexity import Perplexity
 from hope_jax.evaluation.read import Read
 from hope_jax.evaluation.sample import Sample
 from hope_jax.evaluation.subject import Task
+from hope_jax.evaluation.translation import Translation
 
 TASKS: dict[str, type[Task]] = {
     "perplexity": Perplexity,
@@ -17,5 +18,6 @@ TASKS: dict[str, type[Task]] = {
     "longcontext": LongContext,
     "needles": Needles,
     "harness": Harness,
+    "translation": Translation,
 }
 """Name on the command line -> task."""

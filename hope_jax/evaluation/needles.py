@@ -26,9 +26,9 @@ from hope_jax.data.synthetic_needles import (
 from hope_jax.evaluation.page import Picture, draw_grid, write_page
 from hope_jax.evaluation.score import score as nats_of
 from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
-from hope_jax.models.adapt import repeat
+from hope_jax.models.adapt import read, repeat, settle
 from hope_jax.models.decoder import Decoder, Memory
-from hope_jax.models.generate import generate, read
+from hope_jax.models.generate import generate
 from hope_jax.models.memory_file import fingerprint
 from hope_jax.shapes import Batch
 
@@ -217,7 +217,7 @@ def ask(subject: Subject, quiz: Quiz, prompt: list[int]) -> dict[str, Any]:
       was said.
     """
     model, tokenizer = subject.model, subject.tokenizer
-    memory = read(model, np.array([prompt[:-1]], np.int32))
+    memory = settle(model, read(model, np.array([prompt[:-1]], np.int32)))
     whole = _behind(subject, quiz, ", ".join(quiz.answers))
     (said,) = generate(
         model,
