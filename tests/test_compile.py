@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 from hope_jax import __main__ as command_line
 from hope_jax import compile_hlo, compile_steps, sharding
 from hope_jax.config import ConfigError
+from hope_jax.ops.fastkv import fast_kv
+from hope_jax.ops.selfref import Slow, self_referential
 from hope_jax.sharding import MeshConfig
 
 SMALL = """
@@ -131,6 +133,50 @@ def test_the_steps_of_hope_compile_for_a_tpu_that_is_not_there(small, capsys):
     )
     assert {"all-gather", "reduce-scatter"} <= {one["kind"] for one in train["collectives"]}
     assert 0 < train["mfu"] < 1
+
+
+def on_tpu(topology, function, *arguments) -> str:
+    """Compiles for one chip of a topology; returns the program's text."""
+    mesh = MeshConfig().build(compile_steps.described_devices(topology)[:1])
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=sharding.named([None] * x.ndim, x.shape, mesh)
+        ),
+        arguments,
+    )
+    with sharding.use(mesh):
+        return compiled_text(function, *placed)
+
+
+@needs_compiler
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    ("heads", "width", "dtype"),
+    [(16, 64, jnp.bfloat16), (32, 64, jnp.bfloat16), (16, 128, jnp.float32)],
+    ids=["150m", "1.3b", "wide float32"],
+)
+def test_memory_kernels_compile_for_a_tpu(topology, heads, width, dtype):
+    def loss(x, q, initial, bias, starts):
+        slow = Slow(None, None, q, None, None, None, bias, bias)
+        y, _ = self_referential(
+            x, slow, initial, None, starts, chunk_memory=64, chunk_projections=64, form="pallas_tpu"
+        )
+        k = q / jnp.linalg.norm(q.astype(jnp.float32), axis=-1, keepdims=True)
+        gate = jax.nn.sigmoid(x[..., 0].astype(jnp.float32))
+        z, _ = fast_kv(q, k.astype(dtype), x, gate, gate, None, starts, chunk=64, form="pallas_tpu")
+        return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(z.astype(jnp.float32) ** 2)
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    tokens = shape(1, 4096, heads, width, dtype=dtype)
+    rows = dict.fromkeys(("k", "v", "memory"), width) | {"eta": 1, "alpha": 1}
+    initial = {name: (shape(heads, count, width),) for name, count in rows.items()}
+    starts = shape(1, 4096, dtype=bool)
+    text = on_tpu(
+        topology, jax.grad(loss, (0, 1, 2, 3)), tokens, tokens, initial, shape(heads), starts
+    )
+    assert text.count('custom_call_target="tpu_custom_call"') == 6
 
 
 @needs_compiler

@@ -10,6 +10,7 @@ from hope_jax.ops.fastkv import FastKVMemory, fast_kv
 from hope_jax.ops.selfref import SelfReferentialMemory, Slow, self_referential
 
 KERNEL = "pallas_triton"
+TPU = "pallas_tpu"
 GATES = ("eta", "alpha")
 
 
@@ -91,9 +92,9 @@ def values_and_gradients(op, arguments, form):
     return run(arguments)
 
 
-def assert_same(op, arguments, tolerance):
+def assert_same(op, arguments, tolerance, kernel=KERNEL):
     expected = values_and_gradients(op, arguments, "reference")
-    got = values_and_gradients(op, arguments, KERNEL)
+    got = values_and_gradients(op, arguments, kernel)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
     ):
@@ -147,6 +148,19 @@ def test_self_referential_kernel_is_the_reference(case):
 @pytest.mark.parametrize("case", FAST_KV)
 def test_fast_kv_kernel_is_the_reference(case):
     assert_same(*fast_kv_call(**FAST_KV[case]), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["shorter than a chunk", "goes on inside a chunk", "chunk's start is read, l2, literal"],
+)
+def test_self_referential_tpu_kernel_is_the_reference(case):
+    assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4, TPU)
+
+
+@pytest.mark.parametrize("case", ["delta", "gated delta"])
+def test_fast_kv_tpu_kernel_is_the_reference(case):
+    assert_same(*fast_kv_call(**FAST_KV[case]), 1e-4, TPU)
 
 
 def test_bfloat16_tokens_keep_two_digits():

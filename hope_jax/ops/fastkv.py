@@ -1,5 +1,6 @@
 """FastKV: a matrix memory per head that learns `key -> value` by a fixed rule while it is read."""
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from hope_jax.ops.dispatch import Form, pick
 from hope_jax.ops.fused import Carried, refusal, remember
+from hope_jax.ops.pallas import gpu, tpu
 from hope_jax.ops.pallas.chunk import Plan
 from hope_jax.ops.recurrence import Path, advance, factor, follow, read, read_transposed
 from hope_jax.ops.rules import RULES
@@ -267,19 +269,19 @@ def _split(x, count, padding, fill=0):
     return jnp.moveaxis(x, (1, 3), (0, 2))
 
 
-def _fused(q, k, v, retain, write, state, starts, rule, chunk, dtype):
+def _fused(machine, q, k, v, retain, write, state, starts, rule, chunk, dtype):
     """The whole scan in one kernel launch; see `ops.pallas` for what it costs."""
     tokens = {name: x.astype(dtype) for name, x in (("q", q), ("k", k), ("v", v))}
     tokens |= {"eta": write, "alpha": retain}
     carried = Carried(None, {"memory": state}, None)
-    y, carried = remember(_plan(rule, chunk, dtype), tokens, None, None, carried, starts)
+    y, carried = remember(machine, _plan(rule, chunk, dtype), tokens, None, None, carried, starts)
     return y, carried.states["memory"]
 
 
-def _unfit(q, k, v, retain, write, state, starts, rule, chunk, dtype):  # noqa: ARG001
+def _unfit(machine, q, k, v, retain, write, state, starts, rule, chunk, dtype):  # noqa: ARG001
     if RULES[rule].erases == "value":
         return f"the kernels take rules that erase along keys, got {rule}"
-    return refusal(_plan(rule, chunk, dtype), dtype, k.shape[-1], v.shape[-1])
+    return refusal(machine, _plan(rule, chunk, dtype), dtype, k.shape[-1], v.shape[-1])
 
 
 def _plan(rule, chunk, dtype):
@@ -307,7 +309,8 @@ def _erases(rule) -> Literal["nothing", "state", "retained"]:
 
 
 FORMS = {
-    "pallas_triton": Form(_fused, _unfit, ("gpu",)),
+    "pallas_triton": Form(partial(_fused, gpu), partial(_unfit, gpu), ("gpu",)),
+    "pallas_tpu": Form(partial(_fused, tpu), partial(_unfit, tpu), ("tpu",)),
     "chunked": Form(_chunked),
     "associative": Form(_associative),
     "reference": Form(_reference),

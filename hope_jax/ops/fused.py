@@ -1,6 +1,7 @@
 """Matrix memories in one kernel launch: its gradient, padding, document starts, carried memory."""
 
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import platform
-from hope_jax.ops.pallas import gpu
 from hope_jax.ops.pallas.chunk import Plan, Values
 from hope_jax.ops.pallas.walk import Sequence
 
@@ -29,6 +29,7 @@ class Carried(NamedTuple):
 
 
 def remember(
+    machine: ModuleType,
     plan: Plan,
     tokens: Values,
     origins: Values | None,
@@ -42,6 +43,7 @@ def remember(
     document starts a chunk costs a little more: tokens may project with two states.
 
     Args:
+      machine: Whose kernels, `pallas.gpu` or `pallas.tpu`. Elsewhere they are interpreted.
       plan: What to compute; `segmented` and `holds` are found out here.
       tokens: x, k, v, q `[B, T, H, K]`, eta, alpha `[B, T, H]`; those the plan asks for.
       origins: Where states begin, return to and decay to, `[H, V, K]`; None for zero.
@@ -73,7 +75,7 @@ def remember(
     states = _from_origin(plan, carried.states, origins, -1)
     held = _from_origin(plan, carried.held, origins, -1) if plan.holds else None
     sequence = Sequence(padded, segments, last, final, states, held, origins, bias)
-    y, ends, held = _scan(plan, sequence)
+    y, ends, held = _scan(machine, plan, sequence)
 
     if not whole:
         y = jax.lax.dynamic_slice_in_dim(y, offset, time, 1)
@@ -87,10 +89,11 @@ def remember(
     return y, Carried(carried.position + time, ends, held)
 
 
-def refusal(plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
+def refusal(machine: ModuleType, plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
     """Says why the kernels do not take a call, or None if they do.
 
     Args:
+      machine: As for `remember`.
       plan: What to compute.
       dtype: Of the tokens.
       *widths: Features of keys and of values.
@@ -108,32 +111,30 @@ def refusal(plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
     if any(width not in (16, 32, 64, 128) for width in widths):
         got = " and ".join(map(str, widths))
         return f"the kernels take heads of 16, 32, 64 or 128 features, got {got}"
-    adaptive = len(plan.names) > 1
-    widest = max(widths)
-    tile = plan.chunk * max(plan.chunk, widest) * jnp.dtype(dtype).itemsize
-    if tile > (8192 if adaptive else 16384) or (adaptive and widest > 64):
+    if not machine.fits(plan, dtype, max(widths)):
+        memories = f"{len(plan.names)} {'memories' if len(plan.names) > 1 else 'memory'}"
         return (
-            f"on-chip memory does not hold chunks of {plan.chunk} tokens with {widest} features "
-            f"of {len(plan.names)} {'memories' if adaptive else 'memory'} in {dtype}"
+            f"on-chip memory does not hold chunks of {plan.chunk} tokens with {max(widths)} "
+            f"features of {memories} in {dtype}"
         )
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(plan, sequence):
-    y, ends, held, _ = _forward(plan, sequence, keep=False)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(machine, plan, sequence):
+    y, ends, held, _ = _forward(machine, plan, sequence, keep=False)
     return y, ends, held
 
 
-def _scan_forward(plan, sequence):
-    y, ends, held, starts = _forward(plan, sequence, keep=True)
+def _scan_forward(machine, plan, sequence):
+    y, ends, held, starts = _forward(machine, plan, sequence, keep=True)
     return (y, ends, held), (sequence, starts)
 
 
-def _scan_backward(plan, residuals, cotangents):
+def _scan_backward(machine, plan, residuals, cotangents):
     sequence, starts = residuals
-    dtokens, dstates, dheld, dorigins, dbias = gpu.backward(
-        plan, _rounded(plan, sequence), starts, *cotangents, launch=_launch()
+    dtokens, dstates, dheld, dorigins, dbias = machine.backward(
+        plan, _rounded(plan, sequence), starts, *cotangents, launch=_launch(machine)
     )
     dorigins, dbias = jax.tree.map(lambda array: jnp.sum(array, 0), (dorigins, dbias))
     return (Sequence(dtokens, None, None, None, dstates, dheld, dorigins, dbias),)
@@ -142,12 +143,12 @@ def _scan_backward(plan, residuals, cotangents):
 _scan.defvjp(_scan_forward, _scan_backward)
 
 
-def _forward(plan, sequence, keep):
-    return gpu.forward(plan, _rounded(plan, sequence), keep=keep, launch=_launch())
+def _forward(machine, plan, sequence, keep):
+    return machine.forward(plan, _rounded(plan, sequence), keep=keep, launch=_launch(machine))
 
 
-def _launch():
-    return gpu.Launch(interpret=platform() != "gpu")
+def _launch(machine):
+    return machine.Launch(interpret=platform() != machine.PLATFORM)
 
 
 def _rounded(plan, sequence):

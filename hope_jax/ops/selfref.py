@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops import recurrence, selfref_fused
 from hope_jax.ops.dispatch import Form, pick
+from hope_jax.ops.pallas import gpu, tpu
 from hope_jax.ops.recurrence import Factor, Path
 
 GATES = ("eta", "alpha")
@@ -385,14 +387,15 @@ def chunked(
     return y, SelfReferentialMemory(memory.position + time, *fast)
 
 
-def fused(*call) -> tuple[Float[Array, "B T H V"], SelfReferentialMemory]:
-    """Computes the same as `chunked` in one kernel launch; see `ops.pallas` for what it costs."""
-    y, memory = selfref_fused.run(*call)
+def fused(machine: ModuleType, *call) -> tuple[Float[Array, "B T H V"], SelfReferentialMemory]:
+    """Computes the same as `chunked` with the kernels of a machine, see `ops.pallas`."""
+    y, memory = selfref_fused.run(machine, *call)
     return y, SelfReferentialMemory(*memory)
 
 
 FORMS = {
-    "pallas_triton": Form(fused, selfref_fused.refuses, ("gpu",)),
+    "pallas_triton": Form(partial(fused, gpu), partial(selfref_fused.refuses, gpu), ("gpu",)),
+    "pallas_tpu": Form(partial(fused, tpu), partial(selfref_fused.refuses, tpu), ("tpu",)),
     "chunked": Form(chunked),
     "reference": Form(reference),
 }

@@ -8,8 +8,8 @@ from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan
 GATES = ("eta", "alpha")
 
 
-def run(x, views, biases, initial, memory, starts, setting):
-    """Computes the op in one launch; arguments as for the other forms.
+def run(machine, x, views, biases, initial, memory, starts, setting):
+    """Computes the op with the kernels of a machine; other arguments as for the other forms.
 
     Returns:
       What was read, and the position, state, momentum (None) and held matrices left behind.
@@ -27,12 +27,12 @@ def run(x, views, biases, initial, memory, starts, setting):
     if memory is not None:
         position += memory.position
         carried = Carried(memory.position, _together(memory.state), _together(memory.held))
-    y, after = remember(plan, tokens, _together(initial), bias, carried, starts)
+    y, after = remember(machine, plan, tokens, _together(initial), bias, carried, starts)
     state, held = (_apart(states, initial) for states in after[1:])
     return y.astype(x.dtype), (position, state, None, held)
 
 
-def refuses(x, views, biases, initial, memory, starts, setting):
+def refuses(machine, x, views, biases, initial, memory, starts, setting):
     """Says why the kernels do not take a call, or None if they do."""
     del biases, memory, starts
     if any(len(matrices) == 2 for matrices in initial.values()):
@@ -46,7 +46,7 @@ def refuses(x, views, biases, initial, memory, starts, setting):
             "the kernels take one chunk for all memories, got "
             f"{setting.chunk_memory} and {setting.chunk_projections}"
         )
-    return refusal(_plan(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1])
+    return refusal(machine, _plan(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1])
 
 
 def _plan(x, views, setting):

@@ -20,6 +20,8 @@ from hope_jax.ops.pallas import walk
 from hope_jax.ops.pallas.chunk import GATE_ROWS, Ledger, Plan, Values
 from hope_jax.ops.pallas.walk import Sequence, View
 
+PLATFORM = "gpu"
+
 
 class Launch(NamedTuple):
     """How a kernel is launched.
@@ -33,6 +35,20 @@ class Launch(NamedTuple):
     warps: int = 4
     stages: int = 1
     interpret: bool = False
+
+
+def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
+    """Says whether shared memory holds what a program needs at once.
+
+    Args:
+      plan: What to compute.
+      dtype: Of the tokens.
+      widest: The features of keys or of values, whichever are more.
+    """
+    tile = plan.chunk * max(plan.chunk, widest) * jnp.dtype(dtype).itemsize
+    if len(plan.names) > 1:
+        return tile <= 8192 and widest <= 64
+    return tile <= 16384
 
 
 def forward(
@@ -130,21 +146,8 @@ def _prepare(plan, sequence, starts, dy, launch):
     batch, time, heads, keys = like.shape
     count, values = time // plan.chunk, dy.shape[-1]
     restores = plan.segmented and not plan.anchor and sequence.origins is not None
-    shapes = {
-        "key": (plan.chunk, keys),
-        "value": (plan.chunk, values),
-        "gates": (plan.chunk, GATE_ROWS),
-        "state": (values, keys),
-        "column": (plan.chunk,),
-        "number": (1, 1),
-    }
-    out = {
-        name: jax.ShapeDtypeStruct(
-            (batch, heads, count, *shapes[kind]),
-            jnp.float32 if kind in ("column", "number", "gates") else plan.operand,
-        )
-        for name, kind in chunks.notes(plan, restores).items()
-    }
+    column = (plan.chunk,)
+    out = walk.shapes_of_notes(plan, (batch, heads, count), keys, values, column, restores)
     specs = jax.tree.map(_by_head, out)
     if "q" not in plan.memories:
         out["dquery"] = _like(sequence.tokens["q"])
@@ -166,11 +169,10 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     states = jax.tree.map(_like, sequence.states)
     bias = jax.ShapeDtypeStruct((batch, heads, 1, GATE_ROWS), jnp.float32)
     tokens = {name: _like(a) for name, a in sequence.tokens.items() if name != "q"}
-    shelf = {}
-    for name in plan.names:
-        width = GATE_ROWS if name == "gates" else values
-        rows = jax.ShapeDtypeStruct((batch, heads, plan.chunk, width), plan.operand)
-        shelf |= {"owed_" + name: rows, "dtarget_" + name: rows}
+    shelf = {
+        name: jax.ShapeDtypeStruct((batch, heads, *shape), plan.operand)
+        for name, shape in walk.shapes_of_shelf(plan, values).items()
+    }
     out = (
         tokens,
         states,

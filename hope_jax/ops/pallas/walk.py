@@ -7,11 +7,12 @@ and how a program sees its part (`View`).
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hope_jax.ops.pallas import chunk as chunks
-from hope_jax.ops.pallas.chunk import Ledger, Memories, Place, Values
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Ledger, Memories, Place, Plan, Values
 
 
 class Sequence(NamedTuple):
@@ -52,6 +53,50 @@ class View(NamedTuple):
     item: Callable[[Any], Any]
     last: Callable[[Any, Any], Any]
     fence: Callable[[], None]
+
+
+def shapes_of_notes(
+    plan: Plan,
+    place: tuple[int, int, int],
+    keys: int,
+    values: int,
+    column: tuple[int, ...],
+    restores: bool,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `prepare` fills, by name: `[B, H, N, ...]`.
+
+    Args:
+      plan: What is computed.
+      place: B, H, N.
+      keys: Features of keys.
+      values: Features of values.
+      column: The shape of one number for each token of a chunk.
+      restores: See `chunk.notes`.
+    """
+    shapes = {
+        "key": (plan.chunk, keys),
+        "value": (plan.chunk, values),
+        "gates": (plan.chunk, GATE_ROWS),
+        "state": (values, keys),
+        "column": column,
+        "number": (1, 1),
+    }
+    wide = ("column", "number", "gates")
+    return {
+        name: jax.ShapeDtypeStruct(
+            (*place, *shapes[kind]), jnp.float32 if kind in wide else plan.operand
+        )
+        for name, kind in chunks.notes(plan, restores).items()
+    }
+
+
+def shapes_of_shelf(plan: Plan, values: int) -> dict[str, tuple[int, int]]:
+    """What `backward` puts aside while it goes through a chunk."""
+    shapes = {}
+    for name in plan.names:
+        shape = plan.chunk, GATE_ROWS if name == "gates" else values
+        shapes |= {"owed_" + name: shape, "dtarget_" + name: shape}
+    return shapes
 
 
 def begin_forward(plan, view, sequence, ends, ends_held):

@@ -1,0 +1,272 @@
+"""Runs matrix memories over a sequence on a TPU: a core goes through rows, heads and chunks.
+
+The last axis of the grid is time. A head's states stay in on-chip memory from its first chunk to
+its last, for blocks of an output are written back only when the next is another. Kernels are
+compiled through Mosaic; on several chips they have to be launched inside a `jax.shard_map`.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
+
+from hope_jax.ops.pallas import walk
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, Values
+from hope_jax.ops.pallas.walk import Sequence, View
+
+PLATFORM = "tpu"
+
+
+class Launch(NamedTuple):
+    """How a kernel is launched.
+
+    Attributes:
+      interpret: Whether to simulate a TPU, whose memory is NaN until it is written.
+    """
+
+    interpret: bool = False
+
+
+def fits(_plan: Plan, _dtype: jnp.dtype, _widest: int) -> bool:
+    """Says that on-chip memory holds what a program needs; see `gpu.fits`.
+
+    Chunks of 128 tokens with 128 features of five memories in float32 take some 10 MB.
+    """
+    return True
+
+
+def forward(
+    plan: Plan, sequence: Sequence, *, keep: bool, launch: Launch
+) -> tuple[Array, Values, Values | None, Values | None]:
+    """Reads a sequence and lets the memories learn it; see `gpu.forward`."""
+    laid = _lay(plan, sequence)
+    like = _like_tokens(laid)
+    values = sequence.states["memory"].shape[2]
+    states = jax.tree.map(_like, sequence.states)
+    starts = {
+        name: jax.ShapeDtypeStruct((*like.shape[:3], *state.shape[2:]), plan.operand)
+        for name, state in sequence.states.items()
+    }
+    out = (
+        jax.ShapeDtypeStruct((*like.shape[:4], values), like.dtype),
+        states,
+        states if plan.holds else None,
+        starts if keep else None,
+    )
+    y, *rest = pl.pallas_call(
+        partial(_forward_kernel, plan),
+        out_shape=out,
+        grid=like.shape[:3],
+        in_specs=[_sequence_specs(laid)],
+        out_specs=(
+            _by_chunk(out[0]),
+            *jax.tree.map(_by_head, out[1:3]),
+            jax.tree.map(_by_chunk, out[3]),
+        ),
+        name="memory_forward",
+        **_how(launch),
+    )(laid)
+    return _take_up(y), *rest
+
+
+def backward(
+    plan: Plan,
+    sequence: Sequence,
+    starts: Values,
+    dy: Array,
+    dstates: Values,
+    dheld: Values | None,
+    *,
+    launch: Launch,
+) -> tuple[Values, Values, Values | None, Values | None, Array | None]:
+    """Hands gradients back through a sequence in two launches; see `gpu.backward`."""
+    laid, dy_laid = _lay(plan, sequence), _lay_tokens(plan, dy)
+    notes = _prepare(plan, laid, starts, dy_laid, launch)
+    given = {}
+    if "q" not in plan.memories:
+        given["q"] = _take_up(notes.pop("dquery"))
+    weight = notes.pop("weight", 1)
+    dtokens, dstates, dheld, dorigins, dbias = _unlearn(
+        plan, laid, notes, starts, dy_laid, dstates, dheld, launch
+    )
+    dtokens = {
+        name: _take_up(array).reshape(sequence.tokens[name].shape)
+        for name, array in dtokens.items()
+    }
+    dorigins = walk.read_by_origin(plan, sequence, notes, weight, dy, dorigins)
+    return dtokens | given, dstates, dheld, dorigins, dbias
+
+
+def _prepare(plan, sequence, starts, dy, launch):
+    """Runs `chunk.prepare` on all chunks."""
+    like = _like_tokens(sequence)
+    restores = plan.segmented and not plan.anchor and sequence.origins is not None
+    column = (plan.chunk, 1)
+    out = walk.shapes_of_notes(plan, like.shape[:3], like.shape[4], dy.shape[4], column, restores)
+    if "q" not in plan.memories:
+        out["dquery"] = _like(sequence.tokens["q"])
+    specs = partial(jax.tree.map, _by_chunk)
+    return pl.pallas_call(
+        partial(_prepare_kernel, plan),
+        out_shape=out,
+        grid=like.shape[:3],
+        in_specs=[_sequence_specs(sequence), specs(starts), specs(dy)],
+        out_specs=specs(out),
+        name="memory_prepare",
+        **_how(launch),
+    )(sequence, starts, dy)
+
+
+def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
+    """Runs `chunk.unlearn` from the last chunk to the first."""
+    batch, heads, count, _, values = dy.shape
+    states = jax.tree.map(_like, dstates)
+    out = (
+        {name: _like(array) for name, array in sequence.tokens.items() if name != "q"},
+        states,
+        states if plan.holds else None,
+        None if sequence.origins is None else states,
+        jax.ShapeDtypeStruct((batch, heads, 1, GATE_ROWS), jnp.float32) if plan.gates else None,
+    )
+    shelf = {
+        name: pltpu.VMEM(shape, plan.operand)
+        for name, shape in walk.shapes_of_shelf(plan, values).items()
+    }
+    by_chunk = partial(jax.tree.map, partial(_by_chunk, count=count))
+    by_head = partial(jax.tree.map, _by_head)
+    operands = (sequence, notes, starts, dy, dstates, dheld)
+    return pl.pallas_call(
+        partial(_unlearn_kernel, plan),
+        out_shape=out,
+        grid=(batch, heads, count),
+        in_specs=[
+            _sequence_specs(sequence, count),
+            *map(by_chunk, operands[1:4]),
+            *map(by_head, operands[4:]),
+        ],
+        out_specs=(by_chunk(out[0]), *by_head(out[1:])),
+        scratch_shapes=[shelf],
+        name="memory_unlearn",
+        **_how(launch),
+    )(*operands)
+
+
+def _how(launch):
+    order = ("parallel", "parallel", "arbitrary")
+    simulated = pltpu.InterpretParams(uninitialized_memory="nan")
+    return {
+        "compiler_params": pltpu.CompilerParams(dimension_semantics=order),
+        "interpret": simulated if launch.interpret else False,
+    }
+
+
+VIEW = View(
+    rows=lambda _: ...,
+    item=lambda _: ...,
+    last=lambda ref, n: ref[pl.program_id(0), n],
+    fence=lambda: None,
+)
+"""A program sees one chunk of its head."""
+
+
+def _forward_kernel(plan, sequence, y, ends, ends_held, starts):
+    """The kernel that reads a sequence."""
+    n = pl.program_id(2)
+    pl.when(n == 0)(lambda: walk.begin_forward(plan, VIEW, sequence, ends, ends_held))
+    walk.forward(plan, VIEW, sequence, n, y, ends, ends_held, starts)
+
+
+def _prepare_kernel(plan, sequence, starts, dy, notes):
+    """The kernel that takes notes of a chunk."""
+    walk.prepare(plan, VIEW, sequence, starts, dy, pl.program_id(2), notes)
+
+
+def _unlearn_kernel(
+    plan, sequence, notes, starts, dy, dends, dends_held,
+    dtokens, dstates, dheld, dorigins, dbias, shelf,
+):  # fmt: skip
+    """The kernel that hands gradients back from chunk to chunk."""
+    done, count = pl.program_id(2), pl.num_programs(2)
+    pl.when(done == 0)(lambda: walk.begin_backward(plan, VIEW, dends, dstates, dorigins, dbias))
+    walk.backward(
+        plan, VIEW, sequence, notes, starts, dy, dends_held, count - 1 - done,
+        dtokens, dstates, dheld, dorigins, dbias, shelf,
+    )  # fmt: skip
+
+
+def _like(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _like_tokens(sequence):
+    return next(array for array in sequence.tokens.values() if array.shape[4] > 1)
+
+
+def _lay(plan, sequence):
+    """Lays out what tokens have by heads and chunks; numbers of tokens become columns."""
+    segments = sequence.segments
+    if segments is not None:
+        segments = segments.reshape(segments.shape[0], -1, plan.chunk, 1)
+    tokens = {name: _lay_tokens(plan, array) for name, array in sequence.tokens.items()}
+    return sequence._replace(tokens=tokens, segments=segments)
+
+
+def _lay_tokens(plan, array):
+    """`[B, T, H, K]` as `[B, H, N, C, K]`; `[B, T, H]` gets an axis of one feature."""
+    array = jnp.swapaxes(array if array.ndim == 4 else array[..., None], 1, 2)
+    return array.reshape(*array.shape[:2], -1, plan.chunk, array.shape[3])
+
+
+def _take_up(array):
+    """The reverse of `_lay_tokens`, with the axis of features."""
+    array = array.reshape(*array.shape[:2], -1, array.shape[4])
+    return jnp.swapaxes(array, 1, 2)
+
+
+def _time(n, count):
+    """The chunk of a step of the grid; from the last to the first if there is a count."""
+    return n if count is None else count - 1 - n
+
+
+def _by_chunk(array, count=None):
+    """One chunk of one head of one row: `[B, H, N, ...]` is seen as `[...]`."""
+    rest = array.shape[3:]
+    return pl.BlockSpec(
+        (None, None, None, *rest), lambda b, h, n: (b, h, _time(n, count), *[0] * len(rest))
+    )
+
+
+def _by_head(array):
+    """What one head of one row has for itself: `[B, H, ...]` is seen as `[...]`."""
+    rest = array.shape[2:]
+    return pl.BlockSpec((None, None, *rest), lambda b, h, _: (b, h, *[0] * len(rest)))
+
+
+def _sequence_specs(sequence, count=None):
+    def by_row(array):
+        rest = array.shape[2:]
+        return pl.BlockSpec(
+            (None, None, *rest), lambda b, _, n: (b, _time(n, count), *[0] * len(rest))
+        )
+
+    def shared(array):
+        rest = array.shape[1:]
+        return pl.BlockSpec((None, *rest), lambda _b, h, _n: (h, *[0] * len(rest)))
+
+    def scalars(_):
+        return pl.BlockSpec(memory_space=pltpu.SMEM)
+
+    return Sequence(
+        jax.tree.map(partial(_by_chunk, count=count), sequence.tokens),
+        jax.tree.map(by_row, sequence.segments),
+        jax.tree.map(scalars, sequence.last),
+        jax.tree.map(scalars, sequence.final),
+        jax.tree.map(_by_head, sequence.states),
+        jax.tree.map(_by_head, sequence.held),
+        jax.tree.map(shared, sequence.origins),
+        jax.tree.map(shared, sequence.bias),
+    )
