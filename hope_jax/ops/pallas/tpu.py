@@ -2,7 +2,8 @@
 
 The last axis of the grid is time. A head's states stay in on-chip memory from its first chunk to
 its last, for blocks of an output are written back only when the next is another. Kernels are
-compiled through Mosaic; on several chips they have to be launched inside a `jax.shard_map`.
+compiled through Mosaic; on several chips they have to be launched inside a `jax.shard_map`. FLOPs
+and bytes are those of `gpu`. They were compiled for v5e and v5p and simulated, never run on a TPU.
 """
 
 from functools import partial
