@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 from hope_jax.optimizers import OptimizerConfig, ScheduleConfig
 from hope_jax.suites import classes
 from hope_jax.suites.classes import Continual, DigitsConfig, Entrant, run
-from hope_jax.suites.continual import Method, plan, split, summary
+from hope_jax.suites.continual import Classifier, Method, plan, split, summary
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "intents"
 FINE, REPLAY, ALL = (
@@ -160,20 +161,19 @@ def test_the_report_needs_nothing_else(learned):
 
 def test_a_decoder_reads_texts_up_to_their_end(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
-    lengths = random.integers(1, 6, 64)
-    inputs = random.integers(97, 123, (64, 6))
-    labels = np.arange(64) % 4
+    lengths = random.integers(1, 6, 64).astype(np.int32)
+    inputs = random.integers(97, 123, (64, 6)).astype(np.int32)
+    labels = np.arange(64, dtype=np.int32) % 4
     inputs[np.arange(64), lengths - 1] = labels  # the last byte says it
+    some = Classes(inputs, lengths, labels)
 
-    paddings = [7, 0]
+    classifier = Classifier(replace(MODEL, vocabulary=256), symbols=256, length=6, classes=4)
+    params = classifier.init(jax.numpy.asarray(0))
+    logits = jax.jit(classifier.logits)
+    spoiled = np.where(np.arange(6) < lengths[:, None], inputs, 7)
+    np.testing.assert_array_equal(logits(params, inputs, lengths), logits(params, spoiled, lengths))
 
-    def load(_):
-        padding = paddings.pop()
-        text = np.where(np.arange(6) < lengths[:, None], inputs, padding).astype(np.int32)
-        some = Classes(text, lengths.astype(np.int32), labels.astype(np.int32))
-        return some, some
-
-    monkeypatch.setattr(IntentsConfig, "load", load)
+    monkeypatch.setattr(IntentsConfig, "load", lambda _: (some, some))
     settings = small(
         tmp_path,
         data=IntentsConfig(dataset="clinc150"),
@@ -182,9 +182,7 @@ def test_a_decoder_reads_texts_up_to_their_end(tmp_path, monkeypatch):
         steps=60,
         optimizer=OptimizerConfig(learning_rate=0.02, weight_decay=0.0),
     )
-    one = found(run(settings))["all"]
-    assert one["average"] > 0.9
-    assert found(run(replace(settings, name="other")))["all"]["matrix"] == one["matrix"]
+    assert found(run(settings))["all"]["average"] > 0.9
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the intents are not in {DATA}")

@@ -116,7 +116,8 @@ def test_fresh_models_score_chance(trained):
 
 def test_runs_that_train_together_are_those_that_train_alone(trained, tmp_path):
     together = found(trained)
-    alone = found(run(small(tmp_path, tasks=(PARITY,), rates=(0.01,), seeds=(1,))))
+    second = small(tmp_path).tasks[1]
+    alone = found(run(small(tmp_path, tasks=(second,), rates=(0.01,), seeds=(1,))))
     ((path, one),) = alone.items()
     assert len(together) == 8
     losses = [found["curves"]["valid"]["loss"] for found in (one, together[path])]
