@@ -14,7 +14,7 @@ features, chunks of 64 and bfloat16 (a product of two 64 x 64 matrices is 8,192 
 
 On an H100 the arithmetic of a batch of 8 x 4,096 tokens with 16 heads is 0.5 ms and the traffic
 0.9 ms at best. What is measured is 1.7, 2.6 and 8.8 ms: registers spill, above all in `unlearn`,
-where some 500 addresses and descriptors of operands that do not change from chunk to chunk are
+where some 380 addresses and descriptors of operands that do not change from chunk to chunk are
 held through the loop. Neither twice the warps (products are doubled, not shared) nor all memories
 stacked into one matrix of 256 rows (11.2 ms) made it faster.
 """
