@@ -8,7 +8,7 @@ from typing import Any
 
 SCRIPTS = {
     "train": "train what a config describes, or go on with it: CONFIG [key=value ...]",
-    "eval": "ask a trained run: RUN perplexity|sample [key=value ...]",
+    "eval": "ask a trained run: RUN TASK [key=value ...]; eval --help lists tasks",
 }
 """Commands that are files beside the package."""
 
