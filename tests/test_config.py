@@ -81,7 +81,11 @@ def test_a_written_experiment_is_read_back_equal(small, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in sorted((ROOT / "configs").glob("*.yaml")) if not p.stem.startswith("compare_")],
+    [
+        path
+        for path in sorted((ROOT / "configs").glob("*.yaml"))
+        if not path.stem.startswith(("compare_", "suite_", "continual_"))  # see test_configs.py
+    ],
     ids=lambda p: p.stem,
 )
 def test_every_config_of_the_project_is_valid_and_says_what_it_is(path, tmp_path):
