@@ -167,7 +167,6 @@ def test_one_token_repeated_2000_times_leaves_every_form_exact(rule):
         close(run({"rule": rule}, form, 64)(*call), exact, 2e-5)
 
 
-
 def test_bfloat16_values_come_back_as_bfloat16_from_a_float32_memory():
     arrays = [x.astype(jnp.bfloat16) for x in random_call(9, WEIGHED)[:5]]
     y, memory = run(WEIGHED, "chunked")(*arrays)
