@@ -1,19 +1,14 @@
 """What memories do while a model reads: their lengths, moves and gates, as pictures on one page."""
 
-import base64
-import html
-import io
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hope_jax.evaluation.page import Picture, png, write_page
 from hope_jax.evaluation.read import text_tokens
 from hope_jax.evaluation.subject import Results, Subject, TaskError
 from hope_jax.models.adapt import Reading, norms, read
@@ -79,7 +74,10 @@ class Memory:
             draw_grids(likeness(tower), "level", "level", "of what deltas add"),
         ]
         lines = {"places": places} | {name: curve.tolist() for name, curve in curves.items()}
-        page = write_page(subject.folder, [p for p in pictures if p is not None], found, lines)
+        about = "What memories do while the model reads."
+        drawn = [picture for picture in pictures if picture is not None]
+        page = write_page(subject.folder, "memory", about, drawn, found)
+        (subject.folder / "memory-lengths.json").write_text(json.dumps(lines), "utf-8")
         return found | {"page": str(page)}
 
     def _tokens(self, subject: Subject) -> np.ndarray:
@@ -89,20 +87,6 @@ class Memory:
         if not stream.info.tokens:
             raise TaskError(f"split {self.split!r} must hold at least 1 token, got 0")
         return stream.read(0, min(self.tokens, stream.info.tokens)).tokens[None].astype(np.int32)
-
-
-class Picture(NamedTuple):
-    """A drawing.
-
-    Attributes:
-      name: Of its file.
-      about: What it shows.
-      png: The image.
-    """
-
-    name: str
-    about: str
-    png: bytes
 
 
 def lengths(memory: BlockMemory | Reading) -> dict[str, float]:
@@ -184,7 +168,7 @@ def draw_lengths(
             axes.legend(fontsize=8)
             axes.set_ylim(bottom=0)
     about = "Length of each memory over the stream, mean over layers; ticks: moves of a level."
-    return Picture("memory-lengths", about, _png(figure))
+    return Picture("memory-lengths", about, png(figure))
 
 
 def draw_grids(grids: dict[str, np.ndarray], rows: str, columns: str, about: str) -> Picture | None:
@@ -204,39 +188,4 @@ def draw_grids(grids: dict[str, np.ndarray], rows: str, columns: str, about: str
                 axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=8)
         figure.colorbar(image, ax=axes)
     name = "-".join(grids)
-    return Picture(f"memory-{name}", f"{', '.join(grids)} {about}.", _png(figure))
-
-
-def write_page(
-    folder: Path, pictures: list[Picture], found: Results, lines: dict[str, list]
-) -> Path:
-    """Writes pictures, numbers and a page that holds both by itself; returns the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-    (folder / "memory-lengths.json").write_text(json.dumps(lines), "utf-8")
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{value:,.6g}</td></tr>"
-        for name, value in found.items()
-        if isinstance(value, int | float)
-    )
-    images = "".join(
-        f"<p>{html.escape(picture.about)}</p>"
-        f'<img src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
-        for picture in pictures
-    )
-    page = folder / "memory.html"
-    page.write_text(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Memories</title>'
-        "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2em}img{max-width:100%}"
-        "td{padding:0 1em 0 0}</style>"
-        f"<h1>Memories</h1>{images}<table>{rows}</table></html>\n",
-        "utf-8",
-    )
-    return page
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return Picture(f"memory-{name}", f"{', '.join(grids)} {about}.", png(figure))
