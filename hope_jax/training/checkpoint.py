@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -173,7 +174,7 @@ class Checkpoints:
             return
         for pattern in (f"*{_DELETED}", "*.orbax-checkpoint-tmp*"):
             for path in self.folder.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -183,6 +184,15 @@ class Checkpoints:
             self._sweep()
             reason = f"could not save a checkpoint in {self.folder}: {_first_line(error)}"
             raise CheckpointError(f"{reason}; {what_is_left(self.folder)}") from error
+
+
+def _remove(path: Path):
+    """Deletes a folder into which a save that has failed may still be writing."""
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def give(folder: Path, params: Params, about: dict[str, Any]):
