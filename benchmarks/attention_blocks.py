@@ -1,17 +1,28 @@
 """Times attention by blocks of queries: python benchmarks/attention_blocks.py B H K T [T ...]."""
 
 import sys
+import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from fast_kv_forms import milliseconds
-from record import append, record
 
 from hope_jax.ops.attention import sliding_attention
+from hope_jax.records import append, record
 
 BLOCKS = (256, 512, 1024, 2048, None)
 """Queries that are taken at once; None is all of them."""
+
+
+def milliseconds(run, arrays, repeats=20):
+    """The median of single calls, compiled and warm."""
+    jax.block_until_ready(run(*arrays))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        times.append(1e3 * (time.perf_counter() - begin))
+    return sorted(times)[repeats // 2]
 
 
 def loss(starts, block, q, k, v):

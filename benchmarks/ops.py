@@ -16,11 +16,11 @@ from math import isfinite
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import append, record
 
 from hope_jax.ops import fastkv, fused, selfref
 from hope_jax.ops.dispatch import platform
 from hope_jax.ops.pallas import gpu
+from hope_jax.records import append, record
 
 KERNELS = {"gpu": "pallas_triton", "cpu": "pallas_triton"}
 

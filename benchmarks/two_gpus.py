@@ -14,10 +14,10 @@ from functools import partial
 
 import jax
 import numpy as np
-from record import append, record
 
 from hope_jax import config, sharding
 from hope_jax.optimizers import describe
+from hope_jax.records import append, record
 from hope_jax.shapes import Batch
 from hope_jax.sharding import MeshConfig
 from hope_jax.training import step

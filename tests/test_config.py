@@ -9,8 +9,6 @@ import pytest
 from hope_jax import config
 from hope_jax.config import ConfigError
 
-ROOT = Path(__file__).parents[1]
-
 SMALL = """
 model:
   mixer: {kind: attention, heads: 2, window: 32}
@@ -77,22 +75,6 @@ def test_a_written_experiment_is_read_back_equal(small, tmp_path):
     experiment = config.load(small, ["training.prompt='1e5'", "optimizer.learning_rate=3e-4"])
     config.dump(experiment, tmp_path / "written.yaml")
     assert config.load(tmp_path / "written.yaml") == experiment
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        path
-        for path in sorted((ROOT / "configs").glob("*.yaml"))
-        if not path.stem.startswith(("compare_", "suite_", "continual_"))  # see test_configs.py
-    ],
-    ids=lambda p: p.stem,
-)
-def test_every_config_of_the_project_is_valid_and_says_what_it_is(path, tmp_path):
-    experiment = config.load(path)
-    config.dump(experiment, tmp_path / "written.yaml")
-    assert config.load(tmp_path / "written.yaml") == experiment
-    assert path.read_text().startswith("# "), "its head says what it trains and what to expect"
 
 
 def test_layers_with_an_objective_of_their_own_take_whole_batches(small):

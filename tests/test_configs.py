@@ -19,9 +19,11 @@ FAMILIES = ["fastkv_hope", "gated_deltanet", "hope", "hope_attention", "titans",
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_loads_and_says_what_it_is(path):
+def test_a_config_loads_and_says_what_it_is(path, tmp_path):
     experiment = config.load(path)
-    assert path.read_text("utf-8").startswith("# ")
+    config.dump(experiment, tmp_path / "written.yaml")
+    assert config.load(tmp_path / "written.yaml") == experiment
+    assert path.read_text("utf-8").startswith("# "), "its head says what it trains, what to expect"
     assert experiment.model.vocabulary == experiment.data.vocabulary
 
 

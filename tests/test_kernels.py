@@ -163,9 +163,10 @@ def test_fast_kv_tpu_kernel_is_the_reference(case):
     assert_same(*fast_kv_call(**FAST_KV[case]), 1e-4, TPU)
 
 
-def test_bfloat16_tokens_keep_two_digits():
-    # Long enough that the gradients of the biases, sums over all tokens, do not nearly cancel.
-    op, arguments = self_referential_call(time=160)
+# Of few tokens the gradients of the gates' biases nearly cancel: eta's is 3.4e-2 off.
+@pytest.mark.parametrize(("time", "tolerance"), [(48, 4e-2), (160, 2e-2)])
+def test_bfloat16_tokens_keep_two_digits(time, tolerance):
+    op, arguments = self_referential_call(time=time)
     arguments = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
     expected = values_and_gradients(op, arguments, "reference")
     x, slow, *rest = arguments
@@ -175,7 +176,7 @@ def test_bfloat16_tokens_keep_two_digits():
     assert got[0][1]["memory"][0].dtype == jnp.float32
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(a)
+        assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(a)
 
 
 def test_gradient_agrees_with_finite_differences():
