@@ -203,3 +203,16 @@ def test_a_fresh_memory_lasts(name):
     pairs = zip(jax.tree.leaves(after(before)), jax.tree.leaves(after(marked)), strict=True)
     for plain, kept in pairs:
         assert 0.9 <= np.min(kept - plain) <= np.max(kept - plain) < 1
+
+
+def test_where_nothing_decays_there_is_no_anchor():
+    x = jax.random.normal(jax.random.key(1), (1, TIME, 16))
+
+    def output(**options):
+        config = replace(MODELS["hope"].mixer, **options)
+        return jax.jit(config.build(16, depth=1, key=jax.random.key(3)).__call__)(x)[0]
+
+    kept, again = (output(decay=False, anchor=anchor) for anchor in (True, False))
+    np.testing.assert_allclose(kept, again, rtol=1e-5, atol=1e-6)
+    decayed, other = (output(anchor=anchor) for anchor in (True, False))
+    assert np.abs(decayed - other).max() > 1e-5 < np.abs(decayed - kept).max()

@@ -22,6 +22,8 @@ from hope_jax.ops.selfref import (
 from hope_jax.shapes import Activations, Starts
 
 PROJECTIONS = ("k", "v", "q", "eta", "alpha")
+CLOSED = 40.0
+"""The logit of a gate that is 1 in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class SelfModifyingTitansConfig:
       dgd: Whether updates keep the `- eta k k^T` term of delta gradient descent.
       momentum: Whether writes pass a damped momentum.
       anchor: Whether memories decay towards their initial states rather than to zero.
+      decay: Whether they decay at all; without it retention is 1 and alpha no memory.
       read: "token" reads what earlier tokens wrote, "current" also the token's own write,
         "chunk" the state at the chunk's start (eq. 90).
       inner_gradient: "full" backpropagates through the updates, "stop" does not.
@@ -64,6 +67,7 @@ class SelfModifyingTitansConfig:
     dgd: bool = True
     momentum: bool = False
     anchor: bool = True
+    decay: bool = True
     read: Literal["token", "current", "chunk"] = "token"
     inner_gradient: Literal["full", "stop"] = "full"
     chunk_memory: int = 64
@@ -83,6 +87,12 @@ class SelfModifyingTitansConfig:
         if not 0 < self.write_max <= 2:
             raise ValueError(f"write_max must lie in (0, 2], got {self.write_max}")
 
+    @property
+    def adaptive(self) -> tuple[str, ...]:
+        """The projections that are memories."""
+        slow = self.frozen if self.decay else (*self.frozen, "alpha")
+        return tuple(name for name in PROJECTIONS if name not in slow)
+
     def build(self, width: int, *, depth: int, key: PRNGKeyArray) -> "SelfModifyingTitans":
         """Makes the layer for a model of `width` and `depth` layers."""
         return SelfModifyingTitans(self, width, depth=depth, key=key)
@@ -94,8 +104,8 @@ class SelfModifyingTitansConfig:
         """
         each = head_width(width, self.heads, self.head_width)
         matrices = 2 * self.expansion if self.memory == "mlp" else 1
-        wide = sum(name not in self.frozen for name in ("k", "v", "q")) + 1
-        narrow = sum(name not in self.frozen for name in ("eta", "alpha"))
+        wide = sum(name in self.adaptive for name in ("k", "v", "q")) + 1
+        narrow = sum(name in self.adaptive for name in ("eta", "alpha"))
         return self.heads * matrices * (8 * wide * each * each + 8 * narrow * each)
 
 
@@ -134,7 +144,9 @@ class SelfModifyingTitans(nnx.Module):
             "alpha": retention_bias(heads),
         }
         gates: dict[str, np.ndarray] = {
-            name: bias for name, bias in bias.items() if name in config.frozen
+            name: bias
+            for name, bias in bias.items()
+            if name in config.frozen and (config.decay or name != "alpha")
         }
         if config.momentum:
             gates["beta"] = np.zeros(heads, np.float32)
@@ -148,7 +160,7 @@ class SelfModifyingTitans(nnx.Module):
             depth=depth,
             key=frame,
         )
-        adaptive = [name for name in PROJECTIONS if name not in config.frozen]
+        adaptive = config.adaptive
         outs = {"eta": 1, "alpha": 1}
         keys = jax.random.split(initial, len(adaptive) + 1)
         self.initial = nnx.Dict(
@@ -203,12 +215,15 @@ class SelfModifyingTitans(nnx.Module):
         def op(tokens, initial, fast, starts):
             inputs, gates = tokens
             matrices, biases = initial
+            alpha = gates.get("alpha")
+            if not config.decay:
+                alpha = jnp.full(inputs["x"].shape[:3], CLOSED)
             slow = Slow(
                 k=inputs.get("k"),
                 v=inputs.get("v"),
                 q=inputs.get("q"),
                 eta=gates.get("eta"),
-                alpha=gates.get("alpha"),
+                alpha=alpha,
                 beta=gates.get("beta"),
                 eta_bias=biases[0],
                 alpha_bias=biases[1],
