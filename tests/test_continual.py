@@ -11,14 +11,15 @@ import pytest
 
 from hope_jax.__main__ import main
 from hope_jax.config import ConfigError
-from hope_jax.data.intents import Classes, IntentsConfig
+from hope_jax.data.intents import Classes, IntentsConfig, split
+from hope_jax.evaluation.intents import summary
 from hope_jax.models.decoder import ModelConfig
 from hope_jax.modules.attention import AttentionConfig
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 from hope_jax.optimizers import OptimizerConfig, ScheduleConfig
 from hope_jax.suites import classes
 from hope_jax.suites.classes import Continual, DigitsConfig, Entrant, run
-from hope_jax.suites.continual import Classifier, Method, plan, split, summary
+from hope_jax.suites.continual import Classifier, Method, plan
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "intents"
 FINE, REPLAY, ALL = (

@@ -214,7 +214,7 @@ def test_the_likeliest_answer_has_rank_one(tmp_path, monkeypatch):
     order = numbers(1)
     costs = iter([[1, 2, 3, 4], [2, 1, 3, 4]])
     monkeypatch.setattr(needles, "generate", lambda *_, **__: [[next(order)]])
-    monkeypatch.setattr(needles, "_cost", lambda *_: np.array(next(costs)))
+    monkeypatch.setattr(needles, "costs", lambda *_: np.array(next(costs)))
     one = replace(TASK, tasks=("single_1",), depths=(0.5,))
     assert one.run(subject(tmp_path))["single_1_700_likeliest"] == 0.5
     (file,) = tmp_path.glob("*.jsonl")

@@ -1,6 +1,7 @@
 """What can be asked of a trained model: one frozen dataclass for each task, listed in `TASKS`."""
 
 from hope_jax.evaluation.harness import Harness
+from hope_jax.evaluation.intents import Intents
 from hope_jax.evaluation.longcontext import LongContext
 from hope_jax.evaluation.memory import Memory
 from hope_jax.evaluation.needles import Needles
@@ -17,6 +18,7 @@ TASKS: dict[str, type[Task]] = {
     "memory": Memory,
     "longcontext": LongContext,
     "needles": Needles,
+    "intents": Intents,
     "harness": Harness,
     "translation": Translation,
 }

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hope_jax.data.synthetic_needles import (
@@ -23,14 +22,13 @@ from hope_jax.data.synthetic_needles import (
     score,
     story_quiz,
 )
+from hope_jax.evaluation.answers import behind, costs, known_answers
 from hope_jax.evaluation.page import Picture, draw_grid, write_page
-from hope_jax.evaluation.score import score as nats_of
 from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
-from hope_jax.models.adapt import read, repeat, settle
-from hope_jax.models.decoder import Decoder, Memory
+from hope_jax.models.adapt import read, settle
+from hope_jax.models.decoder import Decoder
 from hope_jax.models.generate import generate
 from hope_jax.models.memory_file import fingerprint
-from hope_jax.shapes import Batch
 
 Name = Literal[
     "single_1",
@@ -95,7 +93,7 @@ class Needles:
         """Asks; returns the mean score of each task at each length, and that of the ranks."""
         questions = list(self._questions())
         file = subject.folder / f"needles-{self._digest(subject.model)}.jsonl"
-        known = _load(file)
+        known = known_answers(file, Question)
         missing = [one for one in questions if one not in known]
         sentences: list[str] = []
         if any(one.task in STORIES or NEEDLES[one.task].text == "essay" for one in missing):
@@ -218,7 +216,7 @@ def ask(subject: Subject, quiz: Quiz, prompt: list[int]) -> dict[str, Any]:
     """
     model, tokenizer = subject.model, subject.tokenizer
     memory = settle(model, read(model, np.array([prompt[:-1]], np.int32)))
-    whole = _behind(subject, quiz, ", ".join(quiz.answers))
+    whole = behind(tokenizer, quiz.question, ", ".join(quiz.answers))
     (said,) = generate(
         model,
         [prompt[-1:]],
@@ -230,41 +228,8 @@ def ask(subject: Subject, quiz: Quiz, prompt: list[int]) -> dict[str, Any]:
         memory=memory,
     )
     text = tokenizer.decode(said)
-    wanted = [_behind(subject, quiz, answer) for answer in (quiz.answers[0], *quiz.others)]
-    nats = _cost(model, prompt[-1], wanted, memory)
+    wanted = [
+        behind(tokenizer, quiz.question, answer) for answer in (quiz.answers[0], *quiz.others)
+    ]
+    nats = costs(model, prompt[-1:], wanted, memory)
     return {"score": score(quiz, text), "rank": int(np.sum(nats <= nats[0])), "said": text}
-
-
-def _behind(subject: Subject, quiz: Quiz, answer: str) -> list[int]:
-    """The tokens of an answer as they stand behind the question."""
-    before = encode(subject.tokenizer, quiz.question, "the question").tolist()
-    after = encode(subject.tokenizer, f"{quiz.question} {answer}", "the answer").tolist()
-    if after[: len(before)] != before:
-        raise TaskError(f"the tokenizer must not join words, got one that joins {answer!r}")
-    return after[len(before) :]
-
-
-def _cost(model: Decoder, last: int, answers: list[list[int]], memory: Memory) -> np.ndarray:
-    """The nats of each answer behind a prompt whose last token was not read yet."""
-    width = -(-max(map(len, answers)) // 16) * 16  # few shapes to compile
-    tokens = np.zeros((len(answers), width + 1), np.int32)
-    weights = np.zeros((len(answers), width), np.float32)
-    tokens[:, 0] = last
-    for row, answer in enumerate(answers):
-        tokens[row, 1 : len(answer) + 1] = answer
-        weights[row, : len(answer)] = 1
-    batch = Batch(jnp.asarray(tokens), jnp.zeros(tokens.shape, bool))
-    losses, _ = nats_of(model, batch, repeat(memory, len(answers)))
-    return np.sum(np.asarray(losses, np.float64) * weights, axis=1)
-
-
-def _load(file: Path) -> dict[Question, dict[str, Any]]:
-    """What was asked before; a line that was cut off is asked again."""
-    known: dict[Question, dict[str, Any]] = {}
-    for line in file.read_text("utf-8").splitlines() if file.exists() else []:
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            continue
-        known[Question(*(answer.pop(name) for name in Question._fields))] = answer
-    return known

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from hope_jax import config, sharding
 from hope_jax.comparison.digits import SIDE
 from hope_jax.comparison.digits import draw as draw_digits
-from hope_jax.data.intents import Classes, IntentsConfig
+from hope_jax.data.intents import Classes, IntentsConfig, split
+from hope_jax.evaluation.intents import summary
 from hope_jax.evaluation.page import draw_grid, write_page
 from hope_jax.models.decoder import ModelConfig
 from hope_jax.optimizers import OptimizerConfig, ScheduleConfig
 from hope_jax.records import record
-from hope_jax.suites.continual import Classifier, Method, learn, plan, split, summary
+from hope_jax.suites.continual import Classifier, Method, learn, plan
 from hope_jax.training import metrics
 
 

@@ -75,13 +75,6 @@ class Anchor(NamedTuple):
     curvature: Params
 
 
-def split(labels: Int[np.ndarray, " N"], groups: int, seed: int) -> list[Int[np.ndarray, " C"]]:
-    """Deals the classes out to groups of one size or nearly so, in an order of the seed's."""
-    classes = np.unique(labels)
-    order = np.random.default_rng((seed, 0)).permutation(classes)
-    return np.array_split(order, groups)
-
-
 def plan(
     train: Classes,
     groups: Sequence[Int[np.ndarray, " C"]],
@@ -127,30 +120,6 @@ def plan(
             its = random.permutation(np.flatnonzero(train.labels == one))
             kept = np.concatenate([kept, its[: method.replay]])
     return Plan(np.stack(rows), np.stack(curvature), np.stack(allowed), method.strength, seed)
-
-
-def summary(matrix: Float[np.ndarray, "groups groups"]) -> dict[str, float]:
-    """Names what an accuracy matrix comes to.
-
-    Args:
-      matrix: Entry [t, j] is the accuracy on group j's test after training on group t.
-
-    Returns:
-      average (over groups, at the end), forgetting (how far each group but the last fell from the
-      best it was before), backward (what later training changed of each group's accuracy right
-      after its own), learned (the accuracy of each group right after its own).
-
-    References:
-      Lopez-Paz and Ranzato, "Gradient Episodic Memory", 2017; Chaudhry et al., "Riemannian Walk for
-      Incremental Learning", 2018.
-    """
-    last, own = matrix[-1], np.diag(matrix)
-    found = {"average": float(last.mean()), "learned": float(own.mean())}
-    if len(matrix) > 1:
-        best = np.array([matrix[j:-1, j].max() for j in range(len(matrix) - 1)])
-        found["forgetting"] = float(np.mean(best - last[:-1]))
-        found["backward"] = float(np.mean(last[:-1] - own[:-1]))
-    return found
 
 
 class Classifier:
