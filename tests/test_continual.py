@@ -11,6 +11,7 @@ import pytest
 
 from hope_jax.__main__ import main
 from hope_jax.config import ConfigError
+from hope_jax.data.cifar import CifarConfig
 from hope_jax.data.intents import Classes, IntentsConfig, split
 from hope_jax.evaluation.intents import summary
 from hope_jax.models.decoder import ModelConfig
@@ -196,6 +197,51 @@ def test_intents_are_as_many_as_published(dataset, sizes):
     assert set(np.unique(test.labels)) == set(range(sizes[2]))
     assert train.lengths.min() >= 1
     assert train.inputs.shape[1] == 96
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """CIFAR-100's files with images of four classes; returns the labels and the bytes."""
+    random = np.random.default_rng(0)
+    labels = np.arange(64) % 4 * 33
+    images = random.integers(0, 80, (64, 3, 32, 32), np.uint8)
+    images[np.arange(64), labels % 3, 8:16] += labels[:, None, None].astype(np.uint8)
+    rows = [
+        bytes([7, label]) + image.tobytes() for label, image in zip(labels, images, strict=True)
+    ]
+    for name in ("train.bin", "test.bin"):
+        (tmp_path / name).write_bytes(b"".join(rows))
+    return labels, images
+
+
+def test_photographs_are_read_as_they_were_published(photographs, tmp_path):
+    labels, images = photographs
+    data = CifarConfig(folder=str(tmp_path))
+    train, test = data.load()
+    np.testing.assert_array_equal(train.labels, labels)
+    np.testing.assert_array_equal(test.inputs, train.inputs)
+    assert (train.inputs.shape, set(train.lengths)) == ((64, 3072), {3072})
+    np.testing.assert_array_equal(train.inputs[5, :6], images[5, :, 0, :2].T.ravel())
+    np.testing.assert_array_equal(train.inputs[5, 96:99], images[5, :, 1, 0])
+    small = replace(data, shrink=8).load()[0].inputs
+    np.testing.assert_allclose(small[5, 3:6], images[5, :, :8, 8:16].mean((1, 2)), atol=0.51)
+
+
+def test_photographs_are_learned(photographs, tmp_path):  # noqa: ARG001
+    data = CifarConfig(folder=str(tmp_path), shrink=8)
+    (one,) = found(run(small(tmp_path, data=data, methods=(ALL,), name="photographs"))).values()
+    assert one["average"] > 0.8
+
+
+def test_what_is_no_photograph_is_an_error(tmp_path):
+    data = CifarConfig(folder=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"train.bin': get it from https://www.cs.toronto.edu"):
+        run(small(tmp_path, data=data))
+    (tmp_path / "train.bin").write_bytes(bytes(3073))
+    with pytest.raises(ValueError, match=r"must hold images of 3074 bytes, .* got 3073 bytes"):
+        data.load()
+    with pytest.raises(ValueError, match="shrink must be 1, 2, 4 or 8, got 3"):
+        replace(data, shrink=3)
 
 
 def test_what_cannot_be_is_an_error(tmp_path, capsys):

@@ -1,9 +1,9 @@
 """What answers behind a prompt cost, and which questions were answered before."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from hope_jax.models.adapt import repeat
 from hope_jax.models.decoder import Decoder, Memory
 from hope_jax.shapes import Batch
 
-Question = TypeVar("Question", bound=NamedTuple)
+Question = TypeVar("Question")
 LEAST = 16
 """The shortest rows that are compiled for; longer ones are rounded up to a power of two."""
 
@@ -60,18 +60,21 @@ def costs(
     return np.sum(np.asarray(losses, np.float64) * weights, axis=1)
 
 
-def known_answers(file: Path, kind: type[Question]) -> dict[Question, dict[str, Any]]:
+def known_answers(
+    file: Path, kind: Callable[..., Question], fields: Sequence[str]
+) -> dict[Question, dict[str, Any]]:
     """What a file of answers knows by question; a line that was cut off is left out.
 
     Args:
       file: JSON, an object a line, with the fields of a question and what was found.
-      kind: A named tuple that says which question it is.
+      kind: Makes a question of its fields.
+      fields: Their names.
     """
-    known = {}
+    known: dict[Question, dict[str, Any]] = {}
     for line in file.read_text("utf-8").splitlines() if file.exists() else []:
         try:
             answer = json.loads(line)
         except ValueError:
             continue
-        known[kind(*(answer.pop(name) for name in kind._fields))] = answer
+        known[kind(*(answer.pop(name) for name in fields))] = answer
     return known

@@ -67,7 +67,7 @@ class Intents:
             raise TaskError(f"groups must be at most {len(labels)}, got {self.groups}")
         groups = split(range(len(labels)), self.groups, self.seed)
         file = subject.folder / f"intents-{self._digest(subject)}.jsonl"
-        known = known_answers(file, Question)
+        known = known_answers(file, Question, Question._fields)
         every = list(self._questions(groups, test, labels))
         missing = [one for one in every if one not in known]
         subject.folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,9 @@ class _Reader:
         self._subject, self._lessons = subject, lessons
         ends = [f"{spoken(label)}\n" for label in labels]
         self._answers = [behind(tokenizer, PROMPT.format(""), end) for end in ends]
-        self._stage, self._memory, self._settled = -1, None, None
+        self._stage = -1
+        self._memory: Any = None
+        self._settled: Any = None
 
     def label(self, stage: int, text: str, seen: Int[np.ndarray, " C"]) -> int:
         """The likeliest label of a text behind the lessons up to `stage`, which never falls."""

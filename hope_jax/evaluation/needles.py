@@ -93,7 +93,7 @@ class Needles:
         """Asks; returns the mean score of each task at each length, and that of the ranks."""
         questions = list(self._questions())
         file = subject.folder / f"needles-{self._digest(subject.model)}.jsonl"
-        known = known_answers(file, Question)
+        known = known_answers(file, Question, Question._fields)
         missing = [one for one in questions if one not in known]
         sentences: list[str] = []
         if any(one.task in STORIES or NEEDLES[one.task].text == "essay" for one in missing):

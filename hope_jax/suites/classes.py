@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hope_jax import config, sharding
 from hope_jax.comparison.digits import SIDE
 from hope_jax.comparison.digits import draw as draw_digits
+from hope_jax.data.cifar import CifarConfig
 from hope_jax.data.intents import Classes, IntentsConfig, split
 from hope_jax.evaluation.intents import summary
 from hope_jax.evaluation.page import draw_grid, write_page
@@ -63,7 +64,7 @@ class Entrant:
 
     Attributes:
       name: In files and tables.
-      model: A decoder's settings, without vocabulary; null for an MLP on grey levels.
+      model: A decoder's settings, without vocabulary; null for an MLP on the levels of pixels.
     """
 
     name: str
@@ -92,7 +93,7 @@ class Continual:
       name: Of the results and of their folder; the config file's by default.
     """
 
-    data: IntentsConfig | DigitsConfig
+    data: IntentsConfig | DigitsConfig | CifarConfig
     models: tuple[Entrant, ...]
     methods: tuple[Method, ...] = (
         Method(name="fine_tuning"),
@@ -122,7 +123,7 @@ class Continual:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if isinstance(self.data, IntentsConfig) and any(m.model is None for m in self.models):
-            raise ValueError("models must have a model for text, got null, an MLP on grey levels")
+            raise ValueError("models must have a model for text, got null, an MLP on pixels")
 
 
 class Cell(NamedTuple):
