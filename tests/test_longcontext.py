@@ -14,6 +14,7 @@ from hope_jax.evaluation import LongContext
 from hope_jax.evaluation.longcontext import State, around
 from hope_jax.evaluation.score import score
 from hope_jax.evaluation.subject import Subject, TaskError
+from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 from hope_jax.shapes import Batch
 
 STREAM = Documents((40, 60, 30))
@@ -119,3 +120,34 @@ def test_places_are_counted_by_powers_of_two():
 def test_only_what_learns_the_next_token_can_be_asked_to(tmp_path):
     with pytest.raises(TaskError, match="objective must be next_token"):
         replace(TASK, learn=True).run(subject(tmp_path))
+
+
+def test_the_clock_in_context_can_be_off_or_drive_the_fastest_levels(tmp_path):
+    chunks = (32, None, 4, 8)
+    levels = tuple(LevelConfig(hidden=4, chunk=chunk) for chunk in chunks)
+    model = replace(MODELS["attention_in_context"], continuum=ContinuumConfig(levels=levels))
+    model = replace(model, layers=1).build()
+
+    def clock(count):
+        wound = replace(TASK, levels=count)._wind(model)
+        return [level.config.chunk for level in wound.blocks.continuum.levels]
+
+    assert clock(None) == clock(3) == [32, None, 4, 8]
+    assert [clock(count) for count in range(3)] == [
+        [None, None, None, None],
+        [None, None, 4, None],
+        [None, None, 4, 8],
+    ]
+    asked = subject(tmp_path)._replace(model=model)
+    found = replace(TASK, levels=1, length=20).run(asked)
+    assert [name for name in found if name.startswith("level")] == ["level 2_length"]
+    with pytest.raises(TaskError, match=r"levels must be at most 3, .* got 4"):
+        replace(TASK, levels=4).run(asked)
+    with pytest.raises(ValueError, match="levels must be at least 1, got 0"):
+        LongContext(learn=True, levels=0)
+
+
+def test_a_text_that_the_run_has_no_ids_for_is_an_error(tmp_path):
+    (tmp_path / "text.txt").write_text("words")
+    with pytest.raises(TaskError, match="the tokenizer cannot encode"):
+        replace(TASK, file=str(tmp_path / "text.txt")).run(subject(tmp_path))

@@ -23,7 +23,7 @@ from hope_jax.evaluation.page import Picture, png, write_page
 from hope_jax.evaluation.perplexity import Document
 from hope_jax.evaluation.score import place, score, whole_rows
 from hope_jax.evaluation.subject import Results, Subject, TaskError
-from hope_jax.models.adapt import Reading, learn
+from hope_jax.models.adapt import Reading, freeze, learn
 from hope_jax.models.decoder import Decoder, Memory
 from hope_jax.models.memory_file import fingerprint, load_memory, save_memory
 from hope_jax.shapes import Batch
@@ -51,6 +51,8 @@ class LongContext:
       repeat: Whether a text that is shorter begins again; what is known by heart is then foretold
         well, so that only speed and memory mean something.
       learn: Whether levels with the objective "next_token" learn from each chunk once it is scored.
+      levels: How many of the levels that learn in context do so, the fastest of them: 0 turns the
+        in-context clock off. None leaves the model as it is.
       segment: Tokens that go to the device at once.
       points: How often memories are measured on the way.
       keep: Tokens between two looks from which it can go on.
@@ -61,6 +63,7 @@ class LongContext:
     file: str | None = None
     repeat: bool = False
     learn: bool = False
+    levels: int | None = None
     segment: int = 8192
     points: int = 64
     keep: int = 1_000_000
@@ -71,6 +74,8 @@ class LongContext:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tokens < 1:
             raise ValueError(f"length must be at least 1, got {self.length}")
+        if self.levels is not None and self.levels < self.learn:
+            raise ValueError(f"levels must be at least {int(self.learn)}, got {self.levels}")
 
     @property
     def tokens(self) -> int:
@@ -84,6 +89,7 @@ class LongContext:
 
     def run(self, subject: Subject) -> Results:
         """Reads; returns numbers over all, speed, device memory where it can be told, a page."""
+        subject = subject._replace(model=self._wind(subject.model))
         stream, name = self._stream(subject)
         there = stream.info.tokens - 1
         if there < 1:
@@ -112,6 +118,22 @@ class LongContext:
         page = write_page(subject.folder, "longcontext", about, pictures, found)
         shutil.rmtree(kept, ignore_errors=True)
         return found | {"page": str(page)}
+
+    def _wind(self, model: Decoder) -> Decoder:
+        """The model with the wanted levels alone on the in-context clock."""
+        chunks = {i: level.chunk for i, level in enumerate(model.config.continuum.levels)}
+        learning = sorted((i for i in chunks if chunks[i] is not None), key=lambda i: chunks[i])
+        if self.levels is None or self.levels == len(learning):
+            return model
+        if self.levels > len(learning):
+            raise TaskError(
+                f"levels must be at most {len(learning)}, those that learn in context, "
+                f"got {self.levels}"
+            )
+        try:
+            return freeze(model, learning[self.levels :])
+        except ValueError as error:
+            raise TaskError(str(error)) from error
 
     def _stream(self, subject: Subject) -> tuple[Stream, str]:
         if self.file is not None:
