@@ -122,7 +122,8 @@ def test_tasks_of_local_files_are_asked(tmp_path, monkeypatch):
         settings = TASK.format(name=name, file=file, kind=kind, more=more)
         (tmp_path / f"{name}.yaml").write_text(settings)
     task = Harness(tasks="mine, mine_rolling", include=str(tmp_path))
-    found = task.run(subject())
+    found = task.run(subject()._replace(folder=tmp_path))
+    assert "mine/acc" in (tmp_path / "harness.html").read_text()
     right = [
         int(np.argmax([direct(row["q"], f" {one}")[0] for one in row["choices"]])) == row["gold"]
         for row in rows

@@ -2,14 +2,18 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from itertools import count as numbers
 from itertools import cycle
+from pathlib import Path
 
 import numpy as np
 import pytest
 from toy_model import Toy, ToyConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import needles_data
 from hope_jax.data.packing import Piece, SplitInfo
 from hope_jax.data.synthetic_needles import (
     NEEDLES,
@@ -208,6 +212,32 @@ def test_a_reader_that_knows_the_text_scores_one_and_nothing_is_put_in_between(
     every = replace(TASK, tasks=(*NEEDLES, *STORIES), lengths=(3000,), depths=(0.5,))
     found = every.run(subject(tmp_path))
     assert {task: found[f"{task}_3000"] for task in every.tasks} == dict.fromkeys(every.tasks, 1.0)
+
+
+def test_a_question_depends_on_its_numbers_alone(tmp_path):
+    asked, sentences = subject(tmp_path), PROSE.split(". ")
+
+    def pose(task, number):
+        (one,) = [
+            q for q in task._questions() if q[:3] == ("single_2", 700, 1.0) and q[3] == number
+        ]
+        quiz, prompt = task._pose(asked, one, sentences)
+        return quiz.answers, quiz.others, prompt
+
+    more = replace(TASK, tasks=("qa1", "single_2", "single_1"), lengths=(600, 700), samples=5)
+    assert pose(TASK, 1) == pose(more, 1)
+    assert len({pose(task, i)[0] for task in (more, replace(more, seed=1)) for i in range(5)}) == 10
+
+
+def test_what_is_trained_on_is_not_what_is_asked():
+    trained = [needles_data.document(number, PROSE.split(". ")) for number in range(40)]
+    asked = [quiz(task, (0, place, 700, 500, 0)) for place, task in enumerate(NEEDLES)]
+    assert not any(answer in text for one in asked for answer in one.answers for text in trained)
+    texts = [text for text in trained if "magic" in text]
+    for text in texts:
+        said = re.split(r"provided text (?:is|are) ", text)[-1].removesuffix(".")
+        assert all(text.count(one) == 2 for one in said.split(", "))  # in the text, and behind it
+    assert len(texts) > 10
 
 
 def test_the_likeliest_answer_has_rank_one(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A manual says all that its language needs, and translations are scored as others score them."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from hope_jax.evaluation.translation import chrf
 TASK = Translation(examples=3, questions=5, batch=2)
 
 
-def subject():
-    return Subject(Toy(ToyConfig(vocabulary=257)), BytesConfig().build(), lambda _: None, 8)
+def subject(folder):
+    model = Toy(ToyConfig(vocabulary=257))
+    return Subject(model, BytesConfig().build(), lambda _: None, 8, folder=folder)
 
 
 def translate(manual, name, text):
@@ -101,17 +103,18 @@ def test_chrf_is_that_of_sacrebleu():
     assert chrf(["", "abc"], ["abc", "abc"]) < 60
 
 
-def test_a_fresh_model_says_little_and_languages_go_by_the_seed():
-    found, again = TASK.run(subject()), TASK.run(subject())
+def test_a_fresh_model_says_little_and_languages_go_by_the_seed_alone(tmp_path):
+    found, again = (task.run(subject(tmp_path)) for task in (TASK, replace(TASK, batch=5)))
     assert found == again
+    assert (tmp_path / "translation.html").read_text().count("data:image/png;base64,") == 1
     assert len(found["texts"]) == 4
     for name in ("first_alone", "second_alone", "first_of_two", "second_of_two"):
         assert 0 <= found[f"chrf_{name}"] < 25
-    other = Translation(examples=3, questions=5, seed=1).run(subject())
+    other = replace(TASK, seed=1).run(subject(tmp_path))
     assert other["texts"][0].split(":")[0] != found["texts"][0].split(":")[0]
 
 
-def test_what_learns_a_manual_has_100_and_is_asked_right_behind_it(monkeypatch):
+def test_what_learns_a_manual_has_100_and_is_asked_right_behind_it(monkeypatch, tmp_path):
     tokenizer = BytesConfig().build()
     seen, counts = [], []
 
@@ -130,7 +133,7 @@ def test_what_learns_a_manual_has_100_and_is_asked_right_behind_it(monkeypatch):
     monkeypatch.setattr(translation, "settle", lambda *_: None)
     monkeypatch.setattr(translation, "repeat", lambda *_: None)
     monkeypatch.setattr(translation, "generate", generate)
-    found = TASK.run(subject())
+    found = TASK.run(subject(tmp_path))
     assert {value for name, value in found.items() if "chrf" in name} == {100.0}
     assert found["forgotten"] == 0
     assert counts == [2, 2, 1] * 4

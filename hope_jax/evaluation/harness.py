@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hope_jax.evaluation.page import write_page
 from hope_jax.evaluation.subject import Results, Subject, TaskError
 
 
@@ -65,4 +66,5 @@ class Harness:
                 name = metric.removesuffix(",none")
                 if isinstance(value, int | float) and "stderr" not in metric:
                     results[f"{task}/{name}"] = value
-        return results
+        about = f"Tasks of the lm-evaluation-harness: {', '.join(names)}."
+        return results | {"page": str(write_page(subject.folder, "harness", about, [], results))}

@@ -2,11 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from hope_jax.data.synthetic_languages import Language, Sentence, make_language, make_sentence
+from hope_jax.evaluation.page import draw_grid, write_page
 from hope_jax.evaluation.subject import Results, Subject, encode
 from hope_jax.models.adapt import read, repeat, settle
 from hope_jax.models.decoder import Memory
@@ -66,7 +68,15 @@ class Translation:
                 found[key] = chrf(said, [one.english() for one in asked])
                 texts.append(f"{language.question(asked[0])} {said[0]}")
         found["forgotten"] = found["chrf_first_alone"] - found["chrf_first_of_two"]
-        return {**found, "texts": texts}
+        return {**found, "texts": texts, "page": str(self._draw(subject.folder, found))}
+
+    def _draw(self, folder: Path, found: dict[str, float]) -> Path:
+        languages, behind = ("first", "second"), ("alone", "of_two")
+        grid = np.array([[found[f"chrf_{one}_{after}"] for one in languages] for after in behind])
+        about = f"chrF / 100 of {self.questions} sentences behind one manual and behind two."
+        axes = ("manuals", ("its own", "both")), ("language", languages)
+        picture = draw_grid("translation", about, grid / 100, *axes)
+        return write_page(folder, "translation", about, [picture], found)
 
     def _lesson(self, number: int) -> tuple[Language, str, list[Sentence]]:
         """A language, its manual and what is asked for, all by the seed."""
