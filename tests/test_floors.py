@@ -21,7 +21,7 @@ BELOW = {
     "models": "shapes sharding ops modules",
     "evaluation": "shapes sharding ops data models",
     "config": "shapes sharding ops data modules optimizers training models evaluation",
-    "comparison": "shapes sharding data optimizers training models config records",
+    "comparison": "shapes sharding data optimizers training models evaluation config records",
     "suites": "sharding data optimizers training models evaluation comparison config records",
 }
 """What each floor may import. Files that are not named here are front doors and may import all."""

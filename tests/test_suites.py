@@ -14,6 +14,7 @@ from hope_jax.data.synthetic import RecallConfig
 from hope_jax.data.synthetic_formal import PERIODS, FormalConfig, WordsConfig
 from hope_jax.data.synthetic_labels import draw
 from hope_jax.data.synthetic_mad import SIZES, MadConfig
+from hope_jax.evaluation.page import Section, write_sections
 from hope_jax.models.decoder import ModelConfig
 from hope_jax.modules.attention import AttentionConfig
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
@@ -172,6 +173,14 @@ def test_the_report_needs_nothing_else_and_records_are_whole(trained):
     assert "suite/parity/attention/bin1" in names
     assert len(names) == 4
     assert all(len(one["notes"]["seeds"]) == 2 for one in records)
+
+
+def test_pages_show_texts_as_they_are(tmp_path):
+    section = Section("<h>", "a & b", (), [("x", "y"), ("1 < 2\nsmall", "")])
+    page = write_sections(tmp_path / "new", "page", "<t>", "", [section]).read_text()
+    assert "<td>1 &lt; 2<br><small>small</small></td><td></td>" in page
+    assert "<h2>&lt;h&gt;</h2><p>a &amp; b</p><table><tr><th>x</th>" in page
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
 def test_a_suite_that_cannot_be_is_an_error(tmp_path, capsys):

@@ -1,8 +1,5 @@
 """What a comparison found: a web page that needs nothing else, pictures, and records in JSON."""
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -10,15 +7,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hope_jax.comparison.replicas import Replica
+from hope_jax.evaluation.page import Picture, Section, png, write_sections
 from hope_jax.records import origin, record
 from hope_jax.training import metrics
 
 Results = Mapping[tuple[str, str, Replica], dict[str, Any]]
 """What each run found, by task, optimizer and replica; see `hope_jax.comparison.replicas`."""
+
+ABOUT = (
+    "Every optimizer had the same learning rates (times a factor of its own), seeds, steps and "
+    "batches. The rate was chosen by validation, mean over the seeds; figures are the mean over "
+    "seeds at that rate, with the lowest and the highest in brackets. Test figures are of the "
+    "parameters that validation chose. Speed is that of one run alone on the device, after a "
+    "warm-up."
+)
 
 
 class Row(NamedTuple):
@@ -72,11 +77,9 @@ def write(folder: Path, name: str, results: Results, goals: Mapping[str, float |
     sections, records = [], []
     for task, goal in goals.items():
         rows = rank(task, results, goal)
-        picture = _draw(rows, goal)
-        (folder / f"{task}.png").write_bytes(picture)
-        sections.append(_section(task, rows, goal, picture))
+        sections.append(_section(task, rows, goal))
         records += _records(f"{name}/{task}", rows, goal)
-    metrics.replace(folder / "report.html", _page(name, sections))
+    write_sections(folder, "report", name, ABOUT, sections)
     metrics.replace(folder / "records.json", json.dumps(plain(records), indent=1) + "\n")
 
 
@@ -239,7 +242,6 @@ def _records(name: str, rows: list[Row], goal: float | None) -> list[dict[str, A
 def _draw(rows: list[Row], goal: float | None) -> bytes:
     """A PNG of the loss by step, by second, and by learning rate."""
     figure = Figure(figsize=(15, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
     by_step, by_second, by_rate = figure.subplots(1, 3)
     highest, lowest = 0.0, math.inf
     for i, row in enumerate(rows):
@@ -268,49 +270,18 @@ def _draw(rows: list[Row], goal: float | None) -> bytes:
     by_rate.set_xscale("log")
     by_step.set_ylabel("validation loss")
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside lower center", ncols=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
-def _section(task: str, rows: list[Row], goal: float | None, picture: bytes) -> str:
+def _section(task: str, rows: list[Row], goal: float | None) -> Section:
     columns = _columns(rows, goal)
     run = rows[0].runs[0]
     seeds, tried = len(rows[0].runs), len(rows[0].by_rate[0])
     devices = ", ".join(sorted({run["device"] for row in rows for run in row.runs}))
     about = (
         f"{run['about']['parameters']:,} parameters, {run['valid_steps'][-1]:,} steps, "
-        f"{tried} learning rates and {seeds} seeds for each optimizer, on {devices}."
+        f"{tried} learning rates and {seeds} seeds for each optimizer, on {devices}. "
+        f"{verdict(rows, goal)}"
     )
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-        for cells in zip(*columns.values(), strict=True)
-    )
-    image = base64.b64encode(picture).decode()
-    return (
-        f"<h2>{html.escape(task)}</h2><p>{html.escape(about)} {html.escape(verdict(rows, goal))}"
-        f"</p><table><tr>{head}</tr>{body}</table>"
-        f'<img alt="loss by step, by second and by learning rate" '
-        f'src="data:image/png;base64,{image}">'
-    )
-
-
-def _page(name: str, sections: list[str]) -> str:
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em }}
-table {{ border-collapse: collapse; font-size: 13px }}
-th, td {{ border-bottom: 1px solid #ccc; padding: 3px 10px; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-img {{ max-width: 100%; margin-top: 1em }}
-</style>
-<h1>{html.escape(name)}</h1>
-<p>Every optimizer had the same learning rates (times a factor of its own), seeds, steps and
-batches. The rate was chosen by validation, mean over the seeds; figures are the mean over seeds at
-that rate, with the lowest and the highest in brackets. Test figures are of the parameters that
-validation chose. Speed is that of one run alone on the device, after a warm-up.</p>
-{"".join(sections)}
-</html>
-"""
+    picture = Picture(task, "Loss by step, by second and by learning rate.", _draw(rows, goal))
+    return Section(task, about, [picture], [[*columns], *zip(*columns.values(), strict=True)])

@@ -1,4 +1,4 @@
-"""A web page about what a task found, which needs nothing else, and its pictures beside it."""
+"""Web pages about what was found, which need nothing else, and their pictures beside them."""
 
 import base64
 import html
@@ -11,6 +11,12 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1300px;padding:0 1em}"
+    "img{max-width:100%}table{border-collapse:collapse;margin-top:1em}"
+    "th,td{border-bottom:1px solid #ccc;padding:3px 10px;text-align:left}"
+)
 
 
 class Picture(NamedTuple):
@@ -27,6 +33,23 @@ class Picture(NamedTuple):
     png: bytes
 
 
+class Section(NamedTuple):
+    """A part of a page: a paragraph, then pictures, then a table.
+
+    Attributes:
+      title: Its heading; none where it is empty.
+      about: The paragraph.
+      pictures: In this order.
+      table: Rows of cells, the first of them the names of the columns. What stands in a cell behind
+        its first line is in small print.
+    """
+
+    title: str
+    about: str
+    pictures: Sequence[Picture] = ()
+    table: Sequence[Sequence[str]] = ()
+
+
 def write_page(
     folder: Path,
     name: str,
@@ -34,7 +57,7 @@ def write_page(
     pictures: Sequence[Picture],
     numbers: Mapping[str, object],
 ) -> Path:
-    """Writes NAME.html, and each picture as a PNG.
+    """Writes NAME.html about one task, and each picture as a PNG.
 
     Args:
       folder: Where to; made where it is missing.
@@ -46,29 +69,60 @@ def write_page(
     Returns:
       The page.
     """
+    shown = {key: value for key, value in numbers.items() if isinstance(value, int | float | str)}
+    rows = [(key, _shown(value)) for key, value in shown.items()]
+    section = Section("", "", pictures, [("found", ""), *rows] if rows else ())
+    return write_sections(folder, name, name, about, [section])
+
+
+def write_sections(
+    folder: Path, name: str, title: str, about: str, sections: Sequence[Section]
+) -> Path:
+    """Writes NAME.html, whole or not at all, and each picture of its sections as a PNG.
+
+    Args:
+      folder: Where to; made where it is missing.
+      name: Of the page.
+      title: Its heading.
+      about: Its first paragraph.
+      sections: The rest.
+
+    Returns:
+      The page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
+    for picture in (picture for section in sections for picture in section.pictures):
         (folder / f"{picture.name}.png").write_bytes(picture.png)
+    page, title = folder / f"{name}.html", html.escape(title)
+    draft = page.with_suffix(".part")
+    draft.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{STYLE}</style><h1>{title}</h1><p>{html.escape(about)}</p>"
+        f"{''.join(map(_section, sections))}</html>\n",
+        "utf-8",
+    )
+    return draft.replace(page)
+
+
+def _section(section: Section) -> str:
+    head = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
+    about = f"<p>{html.escape(section.about)}</p>" if section.about else ""
     images = "".join(
         f"<p>{html.escape(picture.about)}</p>"
         f'<img src="data:image/png;base64,{base64.b64encode(picture.png).decode()}">'
-        for picture in pictures
+        for picture in section.pictures
     )
     rows = "".join(
-        f"<tr><td>{html.escape(key)}</td><td>{_shown(value)}</td></tr>"
-        for key, value in numbers.items()
-        if isinstance(value, int | float | str)
+        f"<tr>{''.join(_cell(cell, 'td' if number else 'th') for cell in row)}</tr>"
+        for number, row in enumerate(section.table)
     )
-    page = folder / f"{name}.html"
-    page.write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>'
-        "<style>body{font:15px/1.5 system-ui,sans-serif;margin:2em}img{max-width:100%}"
-        "td{padding:0 1em 0 0}</style>"
-        f"<h1>{html.escape(name)}</h1><p>{html.escape(about)}</p>{images}<table>{rows}</table>"
-        "</html>\n",
-        "utf-8",
-    )
-    return page
+    return f"{head}{about}{images}" + f"<table>{rows}</table>" * bool(rows)
+
+
+def _cell(text: str, tag: str) -> str:
+    first, *more = html.escape(text).split("\n")
+    small = f"<br><small>{'<br>'.join(more)}</small>" if more else ""
+    return f"<{tag}>{first}{small}</{tag}>"
 
 
 def draw_grid(

@@ -1,18 +1,15 @@
 """What a suite found: a web page that needs nothing else, a picture, and records in JSON."""
 
-import base64
-import html
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hope_jax.data.synthetic_labels import LabelledTask
+from hope_jax.evaluation.page import Picture, Section, png, write_sections
 from hope_jax.records import record
 from hope_jax.training import metrics
 
@@ -69,9 +66,20 @@ def write(folder: Path, name: str, results: Results):
       results: All of them.
     """
     rows = rank(results)
-    picture = _draw(rows)
-    (folder / "scores.png").write_bytes(picture)
-    metrics.replace(folder / "report.html", _page(name, rows, picture))
+    run = rows[0].runs[0]
+    sizes = {row.name: row.runs[0]["parameters"] for row in rows}
+    parameters = ", ".join(f"{model} {size:,}" for model, size in sizes.items())
+    devices = ", ".join(sorted({run["device"] for row in rows for run in row.runs}))
+    about = (
+        f"Scores in per cent: the mean over {len(rows[0].runs)} seeds after {run['steps'][-1]:,} "
+        "steps at the learning rate whose mean loss on held-out examples like those of training "
+        "was least. Of formal languages and words, a string counts only if the label after each of "
+        "its symbols is right, and the last bin's strings are longer than any in training. "
+        f"Parameters: {parameters}. On {devices}."
+    )
+    shown = "Score of the last test by step, mean over seeds, lowest to highest."
+    section = Section("", "", [Picture("scores", shown, _draw(rows))], _table(rows))
+    write_sections(folder, "report", name, about, [section])
     metrics.replace(folder / "records.json", json.dumps(_records(name, rows), indent=1) + "\n")
 
 
@@ -95,21 +103,13 @@ def _records(name: str, rows: list[Row]) -> list[dict[str, Any]]:
     return records
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row]) -> list[list[str]]:
     """A line for each model, a column for each task, in per cent."""
     tasks, names = (list(dict.fromkeys(getattr(r, x) for r in rows)) for x in ("task", "name"))
-    head = "".join(
-        f"<th>{html.escape(task.about.title)}<br><small>{' / '.join(task.about.tests)}</small></th>"
-        for task in tasks
-    )
+    head = ["model", *(f"{task.about.title}\n{' / '.join(task.about.tests)}" for task in tasks)]
     found = {(row.name, row.task): _cell(row) for row in rows}
-    lines = [
-        f"<tr><td>{html.escape(name)}</td>{''.join(found[name, task] for task in tasks)}</tr>"
-        for name in names
-    ]
-    guess = "".join(f"<td>{100 * task.about.chance:.1f}</td>" for task in tasks)
-    lines.append(f"<tr><td>a guess</td>{guess}</tr>")
-    return f"<table><tr><th>model</th>{head}</tr>{''.join(lines)}</table>"
+    guess = ["a guess", *(f"{100 * task.about.chance:.1f}" for task in tasks)]
+    return [head, *([name, *(found[name, task] for task in tasks)] for name in names), guess]
 
 
 def _cell(row: Row) -> str:
@@ -117,10 +117,7 @@ def _cell(row: Row) -> str:
     mean = " / ".join(f"{100 * score.mean():.1f}" for score in scores)
     last = f"{100 * scores[-1].min():.1f} to {100 * scores[-1].max():.1f}"
     rate = f"{row.rate:g}" + " (edge)" * row.edge
-    return (
-        f"<td><b>{mean}</b><br><small>{last} by seed, at {rate}; best of all runs "
-        f"{100 * row.best:.1f}</small></td>"
-    )
+    return f"{mean}\n{last} by seed, at {rate}; best of all runs {100 * row.best:.1f}"
 
 
 def _draw(rows: list[Row]) -> bytes:
@@ -129,7 +126,6 @@ def _draw(rows: list[Row]) -> bytes:
     columns = min(3, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(5 * columns, 3.4 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     for axes in panels[len(tasks) :]:
         axes.set_axis_off()
@@ -145,33 +141,4 @@ def _draw(rows: list[Row]) -> bytes:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("score")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _page(name: str, rows: list[Row], picture: bytes) -> str:
-    run = rows[0].runs[0]
-    sizes = {row.name: row.runs[0]["parameters"] for row in rows}
-    about = ", ".join(f"{model} {size:,}" for model, size in sizes.items())
-    devices = ", ".join(sorted({run["device"] for row in rows for run in row.runs}))
-    image = base64.b64encode(picture).decode()
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(name)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1300px; padding: 0 1em }}
-table {{ border-collapse: collapse }}
-th, td {{ border-bottom: 1px solid #ccc; padding: 3px 10px; text-align: left }}
-img {{ max-width: 100%; margin-top: 1em }}
-</style>
-<h1>{html.escape(name)}</h1>
-<p>Scores in per cent: the mean over {len(rows[0].runs)} seeds after {run["steps"][-1]:,} steps at
-the learning rate whose mean loss on held-out examples like those of training was least. Of formal
-languages and words, a string counts only if the label after each of its symbols is right, and the
-last bin's strings are longer than any in training. Parameters: {html.escape(about)}.
-On {html.escape(devices)}.</p>
-{_table(rows)}
-<img alt="score of the last test by step, mean over seeds, lowest to highest" \
-src="data:image/png;base64,{image}">
-</html>
-"""
+    return png(figure)
