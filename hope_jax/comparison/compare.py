@@ -1,7 +1,5 @@
 """The command `compare`: runs what a config compares, cell by cell, and goes on where it was."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -9,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from hope_jax import config, sharding
+from hope_jax.comparison import cells as cell_files
 from hope_jax.comparison import report
 from hope_jax.comparison.digits import DigitsTask
 from hope_jax.comparison.language import LanguageTask
@@ -19,7 +17,6 @@ from hope_jax.comparison.problem import Problem
 from hope_jax.comparison.replicas import Programs, Replica, speed, train
 from hope_jax.comparison.toys import SequenceTask, ValleyTask
 from hope_jax.optimizers import OptimizerConfig, Rule, ScheduleConfig
-from hope_jax.training import metrics
 
 AnyTask = ValleyTask | SequenceTask | DigitsTask | LanguageTask
 
@@ -75,19 +72,8 @@ class Comparison:
     name: str = "compare"
 
     def __post_init__(self):
-        for name in ("tasks", "optimizers", "rates", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise ValueError(f"{name} must have at least one entry, got none")
-            named = [_name(x) if name in ("tasks", "optimizers") else x for x in values]
-            twice = next((x for x in named if named.count(x) > 1), None)
-            if twice is not None:
-                raise ValueError(f"{name} must be different from each other, got {twice} twice")
-        for rate in self.rates:
-            if not rate > 0:
-                raise ValueError(f"rates must be above 0, got {rate}")
-        if not self.name or self.name != Path(self.name).name:
-            raise ValueError(f"name must be that of a folder, without slashes, got {self.name!r}")
+        named = {"tasks": [*map(_name, self.tasks)], "optimizers": [*map(_name, self.optimizers)]}
+        cell_files.check({**named, "rates": self.rates, "seeds": self.seeds}, self.name)
         self.optimizer(self.optimizers[0])
 
     def optimizer(self, contender: Contender) -> OptimizerConfig:
@@ -140,9 +126,7 @@ def run(comparison: Comparison) -> Path:
             mine = [cell for cell in missing if (cell.task, cell.contender) == pair]
             _run_cells(comparison, *pair, mine, f"{number}/{len(pairs)}")
     results = {
-        (_name(cell.task), _name(cell.contender), cell.replica): json.loads(
-            cell.path.read_text("utf-8")
-        )
+        (_name(cell.task), _name(cell.contender), cell.replica): cell_files.read(cell.path)
         for cell in cells(comparison, folder)
     }
     goals = {_name(task): task.goal for task in comparison.tasks}
@@ -159,10 +143,9 @@ def cells(comparison: Comparison, folder: Path) -> Iterator[Cell]:
             for rate in comparison.rates:
                 for seed in comparison.seeds:
                     replica = Replica(float(f"{rate * contender.scale:.6g}"), seed)
-                    settings = json.dumps([identity, optimizer, replica], sort_keys=True)
-                    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+                    settings = [identity, optimizer, replica]
                     place = folder / "cells" / _name(task) / _name(contender)
-                    path = place / f"{replica.rate:g}-{seed}-{digest}.json"
+                    path = cell_files.path(place, f"{replica.rate:g}-{seed}", settings)
                     yield Cell(task, contender, replica, path)
 
 
@@ -178,13 +161,7 @@ def _run_cells(
     problem, programs = _prepare(task)
     optimizer, replicas = comparison.optimizer(contender), [cell.replica for cell in cells]
     label = f"{label} {_name(task)}: {_name(contender)} x {len(cells)}"
-    with tqdm(total=task.steps, desc=label, mininterval=1.0) as bar:
-
-        def progress(step: int, shown: str):
-            if shown:
-                bar.set_postfix_str(shown, refresh=False)
-            bar.update(step - bar.n)
-
+    with cell_files.progress(task.steps, label) as progress:
         found = train(
             problem,
             optimizer,
@@ -196,9 +173,8 @@ def _run_cells(
         )
     speeds = speed(problem, optimizer, replicas[0], steps=task.steps, programs=programs)
     for cell, result in zip(cells, found, strict=True):
-        cell.path.parent.mkdir(parents=True, exist_ok=True)
         content = {**cell.replica._asdict(), **result, **speeds}
-        metrics.replace(cell.path, json.dumps(report.plain(content)) + "\n")
+        cell_files.write(cell.path, report.plain(content))
 
 
 @cache

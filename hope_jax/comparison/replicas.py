@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from hope_jax.comparison.problem import Batch, Params, Problem, Sums
 from hope_jax.optimizers import OptimizerConfig
-from hope_jax.records import origin
 
 POINTS = 200
 """The most points of a curve that are kept."""
@@ -202,7 +201,7 @@ def speed(
     """Times one replica alone, and weighs its optimizer's state; arguments as for `train`.
 
     Returns:
-      Seconds of a whole step, seconds of the optimizer's part, bytes of its state, the origin.
+      Seconds of a whole step, seconds of the optimizer's part, and bytes of its state.
     """
     program = programs(1)
     step = program.step(optimizer, steps)
@@ -223,7 +222,6 @@ def speed(
         "step_seconds": seconds,
         "update_seconds": update,
         "state_bytes": size,
-        **origin(),
     }
 
 

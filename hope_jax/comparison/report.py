@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from hope_jax.comparison.cells import whence
 from hope_jax.comparison.replicas import Replica
 from hope_jax.evaluation.page import Picture, Section, png, write_sections
-from hope_jax.records import origin, record
+from hope_jax.records import record
 from hope_jax.training import metrics
 
 Results = Mapping[tuple[str, str, Replica], dict[str, Any]]
@@ -235,7 +236,7 @@ def _records(name: str, rows: list[Row], goal: float | None) -> list[dict[str, A
         for key, (values, unit, more) in figures.items():
             spread = {"lowest": values.min(), "highest": values.max()} if values.size > 1 else {}
             made = record(f"{name}/{row.name}/{key}", values.mean(), unit, {**spread, **more})
-            records.append({**made, **{name: row.runs[0][name] for name in origin()}})
+            records.append({**made, **whence(row.runs[0])})
     return records
 
 

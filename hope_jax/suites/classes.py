@@ -1,6 +1,5 @@
 """The command `continual`: methods against forgetting, and what forgets by itself, side by side."""
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,9 +8,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from hope_jax import config, sharding
+from hope_jax.comparison import cells as cell_files
 from hope_jax.comparison.digits import SIDE
 from hope_jax.comparison.digits import draw as draw_digits
 from hope_jax.data.cifar import CifarConfig
@@ -116,9 +115,9 @@ class Continual:
     name: str = "continual"
 
     def __post_init__(self):
-        for name in ("models", "methods", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must have at least one entry, got none")
+        models, methods = ([one.name for one in some] for some in (self.models, self.methods))
+        named = {"models": models, "methods": methods, "seeds": self.seeds}
+        cell_files.check(named, self.name)
         for name, least in (("groups", 1), ("steps", 1), ("batch", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -171,7 +170,7 @@ def run(settings: Continual) -> Path:
         with sharding.use(sharding.MeshConfig().build(jax.devices()[:1])):
             for entrant in dict.fromkeys(cell.entrant for cell in missing):
                 _run_cells(settings, data, [one for one in missing if one.entrant == entrant])
-    _report(settings, folder, {c: json.loads(c.path.read_text("utf-8")) for c in every})
+    _report(settings, folder, {cell: cell_files.read(cell.path) for cell in every})
     return folder
 
 
@@ -183,10 +182,9 @@ def cells(settings: Continual, folder: Path) -> Iterator[Cell]:
         model = None if entrant.model is None else asdict(entrant.model)
         for method in settings.methods:
             for seed in settings.seeds:
-                text = json.dumps([same, model, asdict(method), seed], sort_keys=True)
-                digest = hashlib.sha256(text.encode()).hexdigest()[:12]
                 place = folder / "cells" / entrant.name / method.name
-                yield Cell(entrant, method, seed, place / f"{seed}-{digest}.json")
+                path = cell_files.path(place, f"{seed}", [same, model, asdict(method), seed])
+                yield Cell(entrant, method, seed, path)
 
 
 def _run_cells(settings: Continual, data: tuple[Classes, Classes], cells: list[Cell]):
@@ -214,12 +212,7 @@ def _run_cells(settings: Continual, data: tuple[Classes, Classes], cells: list[C
         classes=1 + int(train.labels.max()),
     )
     label = f"{cells[0].entrant.name} x {len(cells)}"
-    with tqdm(total=settings.groups, desc=label) as bar:
-
-        def progress(done: int, shown: str):
-            bar.set_postfix_str(shown, refresh=False)
-            bar.update(done - bar.n)
-
+    with cell_files.progress(settings.groups, label) as progress:
         found = learn(
             classifier,
             settings.optimizer,
@@ -229,11 +222,8 @@ def _run_cells(settings: Continual, data: tuple[Classes, Classes], cells: list[C
             reset=settings.reset,
             progress=progress,
         )
-    device = jax.devices()[0].device_kind
     for cell, matrix in zip(cells, found, strict=True):
-        cell.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"matrix": matrix.tolist(), "device": device, **summary(matrix)}
-        metrics.replace(cell.path, json.dumps(content) + "\n")
+        cell_files.write(cell.path, {"matrix": matrix.tolist(), **summary(matrix)})
 
 
 def _report(settings: Continual, folder: Path, results: dict[Cell, dict]):
@@ -250,7 +240,7 @@ def _report(settings: Continual, folder: Path, results: dict[Cell, dict]):
                 numbers[f"{title}/{measure}"] = float(values.mean())
                 notes = {"seeds": values.round(5).tolist(), "known_task": settings.known_task}
                 made = record(f"{settings.name}/{title}/{measure}", values.mean(), "share", notes)
-                records.append({**made, "device": mine[0]["device"]})
+                records.append({**made, **cell_files.whence(mine[0])})
             grid = np.mean([found["matrix"] for found in mine], axis=0)
             about = f"{entrant.name}, {method.name}: mean over {len(mine)} seeds"
             pictures.append(

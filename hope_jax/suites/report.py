@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from hope_jax.comparison.cells import whence
 from hope_jax.data.synthetic_labels import LabelledTask
 from hope_jax.evaluation.page import Picture, Section, png, write_sections
 from hope_jax.records import record
@@ -99,7 +100,7 @@ def _records(name: str, rows: list[Row]) -> list[dict[str, Any]]:
             }
             title = f"{name}/{row.task.about.title}/{row.name}/{test}"
             made = record(title, float(scores.mean()), f"share of {row.task.about.score}", notes)
-            records.append({**made, "device": row.runs[0]["device"]})
+            records.append({**made, **whence(row.runs[0])})
     return records
 
 

@@ -1,7 +1,5 @@
 """The command `suite`: trains the models of a config on its tasks, and goes on where it was."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from hope_jax import config, sharding
+from hope_jax.comparison import cells as cell_files
 from hope_jax.data.synthetic import RecallConfig
 from hope_jax.data.synthetic_formal import FormalConfig, WordsConfig
 from hope_jax.data.synthetic_labels import Labelled, draw, stack
@@ -22,7 +20,6 @@ from hope_jax.models.decoder import ModelConfig
 from hope_jax.optimizers import OptimizerConfig
 from hope_jax.suites import report
 from hope_jax.suites.train import Learner, Recipe, Replica, Splits, train
-from hope_jax.training import metrics
 
 AnyTask = FormalConfig | WordsConfig | MadConfig | RecallConfig
 
@@ -75,22 +72,13 @@ class Suite:
     name: str = "suite"
 
     def __post_init__(self):
-        for name in ("tasks", "models", "rates", "seeds"):
-            values = getattr(self, name)
-            if not values:
-                raise ValueError(f"{name} must have at least one entry, got none")
-            named = [_name(x) for x in values]
-            twice = next((x for x in named if named.count(x) > 1), None)
-            if twice is not None:
-                raise ValueError(f"{name} must be different from each other, got {twice} twice")
+        titles = [task.about.title for task in self.tasks]
+        models = [entrant.name for entrant in self.models]
+        named = {"tasks": titles, "models": models, "rates": self.rates, "seeds": self.seeds}
+        cell_files.check(named, self.name)
         for name in ("steps", "every", "batch", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for rate in self.rates:
-            if not rate > 0:
-                raise ValueError(f"rates must be above 0, got {rate}")
-        if not self.name or self.name != Path(self.name).name:
-            raise ValueError(f"name must be that of a folder, without slashes, got {self.name!r}")
 
     @property
     def recipe(self) -> Recipe:
@@ -134,9 +122,7 @@ def run(suite: Suite) -> Path:
         for number, some in enumerate(todo, 1):
             _run_cells(suite, some, f"{number}/{len(todo)} {some[0].entrant.name} x {len(some)}")
     results = {
-        (cell.task, cell.entrant.name, cell.rate, cell.seed): json.loads(
-            cell.path.read_text("utf-8")
-        )
+        (cell.task, cell.entrant.name, cell.rate, cell.seed): cell_files.read(cell.path)
         for cell in cells(suite, folder)
     }
     report.write(folder, suite.name, results)
@@ -151,10 +137,9 @@ def cells(suite: Suite, folder: Path) -> Iterator[Cell]:
             settings = [asdict(task), asdict(entrant.model), recipe]
             for rate in suite.rates:
                 for seed in suite.seeds:
-                    text = json.dumps([*settings, rate, seed], sort_keys=True)
-                    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
                     place = folder / "cells" / task.about.title / entrant.name
-                    yield Cell(task, entrant, rate, seed, place / f"{rate:g}-{seed}-{digest}.json")
+                    path = cell_files.path(place, f"{rate:g}-{seed}", [*settings, rate, seed])
+                    yield Cell(task, entrant, rate, seed, path)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Suite:
@@ -188,27 +173,12 @@ def _run_cells(suite: Suite, cells: list[Cell], label: str):
     learner = Learner(model, length=length, summary=tasks[0].about.summary)
     replicas = [Replica(tasks.index(cell.task), cell.rate, cell.seed) for cell in cells]
     start = time.perf_counter()
-    with tqdm(total=suite.steps, desc=label, mininterval=1.0) as bar:
-
-        def progress(step: int, shown: str):
-            bar.set_postfix_str(shown, refresh=False)
-            bar.update(step - bar.n)
-
+    with cell_files.progress(suite.steps, label) as progress:
         found = train(learner, suite.recipe, splits, replicas, progress=progress)
-    about = {
-        "parameters": model.parameters(),
-        "device": jax.devices()[0].device_kind,
-        "seconds": (time.perf_counter() - start) / len(cells),
-    }
+    seconds = (time.perf_counter() - start) / len(cells)
+    about = {"parameters": model.parameters(), "seconds": seconds}
     for cell, result in zip(cells, found, strict=True):
-        cell.path.parent.mkdir(parents=True, exist_ok=True)
-        metrics.replace(cell.path, json.dumps({**about, **result}) + "\n")
-
-
-def _name(one: AnyTask | Entrant | float) -> str | float:
-    if isinstance(one, int | float):
-        return one
-    return one.name if isinstance(one, Entrant) else one.about.title
+        cell_files.write(cell.path, {**about, **result})
 
 
 def stack_tasks(parts: Sequence[Labelled]) -> Labelled:
