@@ -3,6 +3,7 @@
 import argparse
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
     about = "print every setting of a config: its type or choices, and its default"
     known = commands.add_parser("settings", help=about, description=about)
     known.set_defaults(run=settings)
-    known.add_argument("of", choices=["train", "compare"], nargs="?", default="train")
+    known.add_argument(
+        "of", choices=["train", "compare", "suite", "continual"], nargs="?", default="train"
+    )
     about = "print how large the models of configs are, without making them: CONFIG ..."
     sizes = commands.add_parser("sizes", help=about, description=about)
     sizes.set_defaults(run=print_sizes)
@@ -124,9 +127,11 @@ def settings(given: argparse.Namespace) -> int:
     """Prints all settings."""
     from hope_jax import config
     from hope_jax.comparison.compare import Comparison
+    from hope_jax.suites.classes import Continual
+    from hope_jax.suites.suite import Suite
 
-    cls = config.Experiment if given.of == "train" else Comparison
-    print("\n".join(config.settings(cls)))
+    every = {"train": config.Experiment, "compare": Comparison, "suite": Suite}
+    print("\n".join(config.settings({**every, "continual": Continual}[given.of])))
     return 0
 
 
@@ -144,32 +149,33 @@ def print_sizes(given: argparse.Namespace) -> int:
 
 
 def compare(given: argparse.Namespace) -> int:
-    """Runs what was not run before, and writes the report."""
+    """Compares optimizers."""
     from hope_jax.comparison.compare import load, run
 
+    return _report(load, run, given)
+
+
+def suite(given: argparse.Namespace) -> int:
+    """Trains models on made-up tasks."""
+    from hope_jax.suites.suite import load, run
+
+    return _report(load, run, given)
+
+
+def continual(given: argparse.Namespace) -> int:
+    """Learns classes group by group."""
+    from hope_jax.suites.classes import load, run
+
+    return _report(load, run, given)
+
+
+def _report(load: Callable, run: Callable, given: argparse.Namespace) -> int:
+    """Runs what was not run before, and says where the report lies."""
     try:
         folder = run(load(given.config, given.overrides))
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on", file=sys.stderr)
         return 130
-    print(f"report: {folder / 'report.html'}")
-    return 0
-
-
-def suite(given: argparse.Namespace) -> int:
-    """Trains what was not trained before, and writes the report."""
-    from hope_jax.suites.suite import load, run
-
-    folder = run(load(given.config, given.overrides))
-    print(f"report: {folder / 'report.html'}")
-    return 0
-
-
-def continual(given: argparse.Namespace) -> int:
-    """Trains what was not trained before, and writes the report."""
-    from hope_jax.suites.classes import load, run
-
-    folder = run(load(given.config, given.overrides))
     print(f"report: {folder / 'report.html'}")
     return 0
 

@@ -192,3 +192,21 @@ def test_a_suite_that_cannot_be_is_an_error(tmp_path, capsys):
     path.write_text("tasks: [{kind: formal, language: french}]\nmodels: []\nrates: [1]\n")
     assert main(["suite", str(path)]) == 2
     assert "language=french is no choice" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_it_goes_on(monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert main(["suite", "configs/suite_words.yaml"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [("suite", "tasks.0[words].group: s5 or a5"), ("continual", "data[cifar100].shrink")],
+)
+def test_settings_of_suites_are_listed(what, line, capsys):
+    assert main(["settings", what]) == 0
+    assert line in capsys.readouterr().out
