@@ -1,7 +1,8 @@
 """What answers behind a prompt cost, and which questions were answered before."""
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,12 +13,14 @@ from jaxtyping import Float
 
 from hope_jax.data.tokenizer import Tokenizer
 from hope_jax.evaluation.score import score
-from hope_jax.evaluation.subject import TaskError, encode
+from hope_jax.evaluation.subject import Subject, TaskError, encode
 from hope_jax.models.adapt import repeat
 from hope_jax.models.decoder import Decoder, Memory
+from hope_jax.models.memory_file import fingerprint
 from hope_jax.shapes import Batch
 
-Question = TypeVar("Question")
+Question = TypeVar("Question", bound=Any)  # a named tuple
+Answer = dict[str, Any]
 LEAST = 16
 """The shortest rows that are compiled for; longer ones are rounded up to a power of two."""
 
@@ -60,21 +63,40 @@ def costs(
     return np.sum(np.asarray(losses, np.float64) * weights, axis=1)
 
 
-def known_answers(
-    file: Path, kind: Callable[..., Question], fields: Sequence[str]
-) -> dict[Question, dict[str, Any]]:
-    """What a file of answers knows by question; a line that was cut off is left out.
+def digest(model: Decoder, settings: Mapping[str, Any]) -> str:
+    """A short name for a model and what it is asked, as JSON has it."""
+    text = json.dumps([fingerprint(model), settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def ask_each(
+    subject: Subject, file: Path, questions: Sequence[Question], ask: Callable[[Question], Answer]
+) -> dict[Question, Answer]:
+    """Asks questions, and adds each with its answer to a file at once, as an object a line.
 
     Args:
-      file: JSON, an object a line, with the fields of a question and what was found.
-      kind: Makes a question of its fields.
-      fields: Their names.
+      subject: Shows how many are answered.
+      file: Made where it is missing.
+      questions: Named tuples.
+      ask: Finds what can be said by name.
     """
-    known: dict[Question, dict[str, Any]] = {}
+    found: dict[Question, Answer] = {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        for one in subject.track(questions):
+            found[one] = ask(one)
+            lines.write(json.dumps({**one._asdict(), **found[one]}) + "\n")
+            lines.flush()
+    return found
+
+
+def known_answers(file: Path, kind: type[Question]) -> dict[Question, Answer]:
+    """What `ask_each` left in a file; a line that was cut off is left out."""
+    known: dict[Question, Answer] = {}
     for line in file.read_text("utf-8").splitlines() if file.exists() else []:
         try:
             answer = json.loads(line)
         except ValueError:
             continue
-        known[kind(*(answer.pop(name) for name in fields))] = answer
+        known[kind(*(answer.pop(name) for name in kind._fields))] = answer
     return known

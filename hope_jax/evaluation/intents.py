@@ -1,7 +1,5 @@
 """Classes that are learned from examples in the context alone, and which of them are forgotten."""
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -10,11 +8,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from hope_jax.data.intents import IntentsConfig, Name, Text, names, split
-from hope_jax.evaluation.answers import behind, costs, known_answers
+from hope_jax.evaluation.answers import ask_each, behind, costs, digest, known_answers
 from hope_jax.evaluation.page import draw_grid, write_page
 from hope_jax.evaluation.subject import Results, Subject, TaskError, encode
 from hope_jax.models.adapt import read, settle
-from hope_jax.models.memory_file import fingerprint
 
 PROMPT = "Text: {}\nLabel:"
 
@@ -66,19 +63,19 @@ class Intents:
         if self.groups > len(labels):
             raise TaskError(f"groups must be at most {len(labels)}, got {self.groups}")
         groups = split(range(len(labels)), self.groups, self.seed)
-        file = subject.folder / f"intents-{self._digest(subject)}.jsonl"
-        known = known_answers(file, Question, Question._fields)
+        settings = {name: value for name, value in asdict(self).items() if name != "questions"}
+        file = subject.folder / f"intents-{digest(subject.model, settings)}.jsonl"
+        known = known_answers(file, Question)
         every = list(self._questions(groups, test, labels))
         missing = [one for one in every if one not in known]
-        subject.folder.mkdir(parents=True, exist_ok=True)
         reader = _Reader(subject, [self._lesson(mine, train, labels) for mine in groups], labels)
-        with file.open("a", encoding="utf-8") as lines:
-            for one in subject.track(missing):
-                seen = np.concatenate(groups[: one.stage + 1])
-                said = reader.label(one.stage, test[labels[one.label]][one.number], seen)
-                known[one] = {"said": said}
-                lines.write(json.dumps({**one._asdict(), **known[one]}) + "\n")
-                lines.flush()
+
+        def ask(one: Question) -> dict[str, int]:
+            seen = np.concatenate(groups[: one.stage + 1])
+            text = test[labels[one.label]][one.number]
+            return {"said": reader.label(one.stage, text, seen)}
+
+        known |= ask_each(subject, file, missing, ask)
         return self._report(subject, {one: known[one] for one in every}, len(labels))
 
     def _by_class(self, texts: list[Text]) -> dict[str, list[str]]:
@@ -110,12 +107,6 @@ class Intents:
                 for label in groups[group].tolist():
                     count = min(self.questions, len(test[labels[label]]))
                     yield from (Question(stage, group, label, i) for i in range(count))
-
-    def _digest(self, subject: Subject) -> str:
-        """What answers have to have in common, beside the question."""
-        settings = {name: value for name, value in asdict(self).items() if name != "questions"}
-        text = json.dumps([fingerprint(subject.model), settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _report(
         self, subject: Subject, known: "dict[Question, dict[str, Any]]", classes: int

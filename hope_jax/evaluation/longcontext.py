@@ -1,6 +1,5 @@
 """How well a model reads on and on: perplexity by position in one stream of any length."""
 
-import hashlib
 import json
 import math
 import re
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from hope_jax.data.packing import Piece, Stream, weigh
+from hope_jax.evaluation.answers import digest
 from hope_jax.evaluation.memory import lengths
 from hope_jax.evaluation.page import Picture, png, write_page
 from hope_jax.evaluation.perplexity import Document
@@ -25,7 +25,7 @@ from hope_jax.evaluation.score import place, score, whole_rows
 from hope_jax.evaluation.subject import Results, Subject, TaskError
 from hope_jax.models.adapt import Reading, freeze, learn
 from hope_jax.models.decoder import Decoder, Memory
-from hope_jax.models.memory_file import fingerprint, load_memory, save_memory
+from hope_jax.models.memory_file import load_memory, save_memory
 from hope_jax.shapes import Batch
 
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
@@ -99,7 +99,8 @@ class LongContext:
                 f"length must be at most {there} for {name}, got {self.tokens}: name a longer "
                 "file, or set repeat=true to measure speed and memory alone"
             )
-        kept = subject.folder / f"longcontext-{self._digest(subject.model)}"
+        settings = {key: value for key, value in asdict(self).items() if key != "keep"}
+        kept = subject.folder / f"longcontext-{digest(subject.model, settings)}"
         state, memory = _go_on(kept, subject.model)
         marks, saved = [], state.position
         for now in self._read(subject, stream, state, memory):
@@ -121,8 +122,8 @@ class LongContext:
 
     def _wind(self, model: Decoder) -> Decoder:
         """The model with the wanted levels alone on the in-context clock."""
-        chunks = {i: level.chunk for i, level in enumerate(model.config.continuum.levels)}
-        learning = sorted((i for i in chunks if chunks[i] is not None), key=lambda i: chunks[i])
+        chunks = [level.chunk for level in model.config.continuum.levels]
+        learning = [i for _, i in sorted((c, i) for i, c in enumerate(chunks) if c is not None)]
         if self.levels is None or self.levels == len(learning):
             return model
         if self.levels > len(learning):
@@ -139,12 +140,6 @@ class LongContext:
         if self.file is not None:
             return Document(Path(self.file), subject.tokenizer), self.file
         return subject.stream(self.split), f"split {self.split!r}"
-
-    def _digest(self, model: Decoder) -> str:
-        """What a reading has to have in common with one that it goes on with."""
-        settings = {key: value for key, value in asdict(self).items() if key != "keep"}
-        text = json.dumps([fingerprint(model), settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _read(
         self, subject: Subject, stream: Stream, state: "State", memory: Any

@@ -1,7 +1,5 @@
 """What a model finds again in a long text: needles and stories, by length and depth."""
 
-import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,13 +20,11 @@ from hope_jax.data.synthetic_needles import (
     score,
     story_quiz,
 )
-from hope_jax.evaluation.answers import behind, costs, known_answers
+from hope_jax.evaluation.answers import ask_each, behind, costs, digest, known_answers
 from hope_jax.evaluation.page import Picture, draw_grid, write_page
 from hope_jax.evaluation.subject import Results, Subject, TaskError, encode, read_text
 from hope_jax.models.adapt import read, settle
-from hope_jax.models.decoder import Decoder
 from hope_jax.models.generate import generate
-from hope_jax.models.memory_file import fingerprint
 
 Name = Literal[
     "single_1",
@@ -45,6 +41,9 @@ Name = Literal[
     "qa4",
     "qa5",
 ]
+
+MORE = ("tasks", "lengths", "depths", "samples")
+"""Settings that say how many questions there are, and change none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +91,9 @@ class Needles:
     def run(self, subject: Subject) -> Results:
         """Asks; returns the mean score of each task at each length, and that of the ranks."""
         questions = list(self._questions())
-        file = subject.folder / f"needles-{self._digest(subject.model)}.jsonl"
-        known = known_answers(file, Question, Question._fields)
+        settings = {name: value for name, value in asdict(self).items() if name not in MORE}
+        file = subject.folder / f"needles-{digest(subject.model, settings)}.jsonl"
+        known = known_answers(file, Question)
         missing = [one for one in questions if one not in known]
         sentences: list[str] = []
         if any(one.task in STORIES or NEEDLES[one.task].text == "essay" for one in missing):
@@ -101,12 +101,9 @@ class Needles:
         shortest = {one.task: one for one in sorted(missing, key=lambda one: -one.length)}
         for one in shortest.values():  # what cannot be asked is said before anything is
             self._pose(subject, one, sentences)
-        subject.folder.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as lines:
-            for one in subject.track(missing):
-                known[one] = ask(subject, *self._pose(subject, one, sentences))
-                lines.write(json.dumps({**one._asdict(), **known[one]}) + "\n")
-                lines.flush()
+        known |= ask_each(
+            subject, file, missing, lambda one: ask(subject, *self._pose(subject, one, sentences))
+        )
         return self._report(subject, {one: known[one] for one in questions})
 
     def _questions(self) -> Iterator["Question"]:
@@ -114,14 +111,6 @@ class Needles:
             depths = (0.0,) if task in STORIES else self.depths
             for depth, sample in product(depths, range(self.samples)):
                 yield Question(task, length, depth, sample)
-
-    def _digest(self, model: Decoder) -> str:
-        """What answers have to have in common, beside the question."""
-        settings = asdict(self)
-        for name in ("tasks", "lengths", "depths", "samples"):
-            del settings[name]
-        text = json.dumps([fingerprint(model), settings], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def _prose(self, subject: Subject) -> list[str]:
         """The sentences of the text that hides."""
