@@ -5,9 +5,10 @@ slice or a concatenation, so that the same code lowers through Triton and throug
 over tokens are columns `[C, 1]`. Matrices of memories are read where they lie each time they are
 needed: registers do not hold them all.
 
-Undoing comes in two parts. `prepare` computes whatever does not depend on the gradient of the
-state after the chunk, for all chunks at once. `unlearn` is the rest, which goes from the last
-chunk to the first.
+Undoing comes in three parts. `prepare` and `recall` compute whatever does not depend on the
+gradient of the state after the chunk, for all chunks at once. `unlearn`, `charge` and `blame` go
+from the last chunk to the first, each memory for itself: what all are told is undone in sums.
+`answer` is what tokens then gain, again for all chunks at once.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,9 @@ GATE_ROWS = 16
 
 SMALLEST = 1e-30
 """Retention below this is taken for it: its logarithm has to be finite."""
+
+LABELS = {"k": "key", "v": "value", "q": "query"}
+"""What tokens say, by the memory that may say it."""
 
 Values = dict[str, Array]
 """Arrays by the name of a memory (k, v, q, gates, memory) or of what a token brings."""
@@ -130,7 +134,8 @@ class Lesson(NamedTuple):
       query_scale: See `query`.
       write: The write gate, zero for padding.
       erase: What multiplies the erased, zero for padding; None if nothing is erased.
-      retain: The retention gate; `forget` is one minus it, where a memory makes it.
+      retain: The retention gate, None where it is not needed any more; `forget` is one minus it,
+        where a memory makes it.
       forget: See `retain`.
       arrival: The logarithm of what is left of the document's first state when a token arrives.
       departure: The same when it leaves.
@@ -140,8 +145,7 @@ class Lesson(NamedTuple):
       through: What is left of the chunk's first state at its end.
       restore: What the last state has of the origin, beside distances; None if nothing.
       decay: Weights of the writes of earlier tokens (columns) when a token (row) arrives.
-      overlap: `decay * K K^T`; None if nothing is erased.
-      inverse: (I + erase overlap)^-1; None if nothing is erased.
+      inverse: (I + erase decay K K^T)^-1; None if nothing is erased.
     """
 
     key: Array
@@ -151,7 +155,7 @@ class Lesson(NamedTuple):
     query_scale: Array | None
     write: Array
     erase: Array | None
-    retain: Array
+    retain: Array | None
     forget: Array | None
     arrival: Array
     departure: Array
@@ -161,7 +165,6 @@ class Lesson(NamedTuple):
     through: Array
     restore: Array | None
     decay: Array
-    overlap: Array | None
     inverse: Array | None
 
 
@@ -208,7 +211,7 @@ def attend(
         after = jnp.where(place.number == place.last, after, 0)
         through = jnp.where(place.last > 0, 0, through)
 
-    erase = overlap = inverse = None
+    erase = inverse = None
     key = _round(plan, key)
     if plan.erases != "nothing":
         erase = write if plan.erases == "state" else write * retain
@@ -217,7 +220,7 @@ def attend(
     return Lesson(
         key, key_scale, _round(plan, value), _round(plan, query), query_scale,
         write, erase, retain, forget, arrival, departure, before, inherit, after, through, restore,
-        decay, overlap, inverse,
+        decay, inverse,
     )  # fmt: skip
 
 
@@ -270,7 +273,7 @@ def read(plan, lesson, place, memories, delta):
 
 
 def notes(plan: Plan, restores: bool) -> dict[str, str]:
-    """The names of what `prepare` notes, and what each is.
+    """The names of what `prepare` and `recall` note for `unlearn`, and what each is.
 
     Args:
       plan: What is computed.
@@ -286,11 +289,9 @@ def notes(plan: Plan, restores: bool) -> dict[str, str]:
         kinds["forget"] = "column"
     if plan.erases == "retained":
         kinds |= {"retain": "column", "erase": "column"}
-    for name, label in {"k": "key", "v": "value", "q": "query"}.items():
-        if name in plan.memories:
-            kinds[label] = "key"
-            if name != "v":
-                kinds[label + "_scale"] = "column"
+    kinds |= {label: "key" for name, label in LABELS.items() if name in plan.memories}
+    if "k" in plan.memories:
+        kinds["key_scale"] = "column"
     for name in plan.names:
         like = "gates" if name == "gates" else "value"
         kinds["delta_" + name] = like
@@ -307,45 +308,74 @@ def notes(plan: Plan, restores: bool) -> dict[str, str]:
     return kinds
 
 
-def prepare(
-    plan: Plan,
-    lesson: Lesson,
-    place: Place | None,
-    memories: Memories,
-    dy: Float[Array, "C V"],
-    note: Callable[[str, Array], None],
-) -> None:
-    """Notes what `unlearn` has to know of a chunk.
+def prepare(plan: Plan, lesson: Lesson, note: Callable[[str, Array], None]) -> None:
+    """Notes what `unlearn` has to know of what tokens said to all memories.
 
     Args:
       plan: What was computed.
       lesson: What `attend` returned.
-      place: Where documents lie.
-      memories: The memories.
-      dy: The gradient of what was read.
-      note: Called with the name and the value of everything in `notes`.
+      note: Called with names and values.
     """
-    for name, label in {"k": "key", "v": "value", "q": "query"}.items():
-        if name in plan.memories:
-            note(label, getattr(lesson, label))
-            if name != "v":
-                note(label + "_scale", getattr(lesson, label + "_scale"))
-    names = ["write", "arrival", "departure", "before", "after", "through"]
+    names = [label for name, label in LABELS.items() if name in plan.memories]
+    names += [name + "_scale" for name in ("key", "query") if name in names]
+    names += ["write", "arrival", "departure", "before", "after", "through"]
     names += ["forget"] if "alpha" in plan.gates else []
     names += ["retain", "erase"] if plan.erases == "retained" else []
+    names += ["inverse"] if plan.erases != "nothing" else []
     names += ["inherit", "restore"] if lesson.restore is not None else []
     for name in names:
         note(name, getattr(lesson, name))
     note("pull", _settled(plan, lesson, lesson.after * lesson.key))
-    for name in plan.names:
-        target, scale, delta = teach(plan, lesson, place, memories, name)
-        note("delta_" + name, delta)
-        if plan.targets == "self":
-            note("target_" + name, target)
-        if scale is not None and name != "gates":
-            note("scale_" + name, scale)
-        if name == "memory":
-            _unread(plan, lesson, place, memories, delta, _round(plan, dy), note)
+
+
+def recollect(plan: Plan, tokens: Values, notes: Values, place: Place | None) -> Lesson:
+    """Puts together from notes what `recall` has to know of a lesson.
+
+    Args:
+      plan: What was computed.
+      tokens: As for `attend`.
+      notes: What `prepare` noted.
+      place: Where documents lie.
+    """
+    said, noted = _said(tokens, notes), notes.get
+    arrival, departure = notes["arrival"], notes["departure"]
+    return Lesson(
+        said["k"], noted("key_scale"), said["v"], said["q"], noted("query_scale"),
+        notes["write"], _erase(plan, notes) if plan.erases != "nothing" else None,
+        noted("retain"), noted("forget"), arrival, departure, notes["before"], noted("inherit"),
+        notes["after"], notes["through"], noted("restore"),
+        _decay(plan, place, arrival, departure), noted("inverse"),
+    )  # fmt: skip
+
+
+def recall(
+    plan: Plan,
+    lesson: Lesson,
+    place: Place | None,
+    memories: Memories,
+    name: str,
+    dy: Float[Array, "C V"] | None,
+    note: Callable[[str, Array], None],
+) -> None:
+    """Notes what `unlearn` has to know of what one memory learned.
+
+    Args:
+      plan: What was computed.
+      lesson: What `attend` or `recollect` returned.
+      place: Where documents lie.
+      memories: The memories.
+      name: Which memory.
+      dy: The gradient of what was read; for "memory" alone.
+      note: Called with names and values.
+    """
+    target, scale, delta = teach(plan, lesson, place, memories, name)
+    note("delta_" + name, delta)
+    if plan.targets == "self":
+        note("target_" + name, target)
+    if scale is not None and name != "gates":
+        note("scale_" + name, scale)
+    if name == "memory":
+        _unread(plan, lesson, place, memories, delta, _round(plan, dy), note)
 
 
 def _settled(plan, lesson, ddelta):
@@ -358,8 +388,12 @@ def _settled(plan, lesson, ddelta):
 def _unread(plan, lesson, place, memories, delta, dy, note):
     """Undoes the read."""
     query, name = lesson.query, "memory"
+
+    def unask(dquery):
+        note("dquery", _unscale(dquery, query, lesson.query_scale))
+
     if plan.read == "chunk":
-        note("dquery", _unconsult(plan, place, memories, name, dy))
+        unask(_unconsult(plan, place, memories, name, dy))
         return
     before, inherit, weights = _reach(plan, lesson)
     note("dstate", _dot(plan, before * dy, query, 0, 0))
@@ -380,7 +414,7 @@ def _unread(plan, lesson, place, memories, delta, dy, note):
         dlog += decayed + jnp.sum(spans, 1, keepdims=True)
     note("dlog", dlog)
     doverlap = _round(plan, dshares * weights)
-    note("dquery", dquery + _dot(plan, doverlap, lesson.key))
+    unask(dquery + _dot(plan, doverlap, lesson.key))
     note("dkey", _dot(plan, doverlap, query, 0, 0))
     note("ddelta", _settled(plan, lesson, _dot(plan, shares, dy, 0, 0)))
 
@@ -404,23 +438,42 @@ def push_back(plan: Plan, notes: Values, key: Array, after: Array) -> Array:
     return state - _dot(plan, notes["before"] * _erase(plan, notes) * owed, key, 0, 0)
 
 
-class Ledger(NamedTuple):
-    """Where `unlearn` reads and writes gradients of matrices, as functions of a memory's name.
+class Share(NamedTuple):
+    """What a memory owes to what all memories are told, or what several owe together.
 
     Attributes:
-      after: Reads the gradient of the state after the chunk.
-      before: Takes the gradient of the state at the chunk's start by way of the recurrence, and
-        that of what tokens held (None if nothing is consulted).
-      origin: Takes what the gradient of the origin gains; None without origins.
-      shelve: Puts rows aside under a name.
-      fetch: Reads them again.
+      key: The gradient of keys, but for what `pairs` add to it.
+      value: The gradient of values.
+      write: The gradient of the write gate, and with `Plan.steps` of its logarithm.
+      log: The gradient of the logarithm of retention by way of the read.
+      after: The gradient of the logarithm of what is left of writes at the chunk's end.
+      through: The same of the first state, `[1, 1]`.
+      found: What is owed along what tokens found; None if nothing is erased.
+      came: The part of it that decays.
+      pairs: What is owed to each token (row) along what each (column) added.
     """
 
-    after: Callable[[str], Array]
-    before: Callable[[str, Array, Array | None], None]
-    origin: Callable[[str, Array], None] | None
-    shelve: Callable[[str, Array], None]
-    fetch: Callable[[str], Array]
+    key: Array
+    value: Array
+    write: Array
+    log: Array
+    after: Array
+    through: Array
+    found: Array | None
+    came: Array | None
+    pairs: Array | None
+
+
+class Change(NamedTuple):
+    """What gradients of one memory's matrices gain; None is nothing.
+
+    Attributes:
+      held: Of what tokens hold.
+      origin: Of where states return to, or are distances to.
+    """
+
+    held: Array | None
+    origin: Array | None
 
 
 def unlearn(
@@ -429,10 +482,14 @@ def unlearn(
     notes: Values,
     place: Place | None,
     memories: Memories,
-    ledger: Ledger,
+    name: str,
+    after: Float[Array, "V K"],
     dy: Float[Array, "C V"] | None,
-) -> Values:
-    """Hands gradients back through a chunk.
+) -> tuple[Share, Array, Change]:
+    """Hands the gradient of one memory's last state back through a chunk.
+
+    What tokens said to all memories is undone by `charge`, and where that came from memories by
+    `blame` and `answer`.
 
     Args:
       plan: What was computed.
@@ -440,33 +497,79 @@ def unlearn(
       notes: What `prepare` noted.
       place: Where documents lie.
       memories: The memories.
-      ledger: Where gradients of matrices go.
+      name: Which memory.
+      after: The gradient of its state after the chunk.
       dy: The gradient of what was read; None unless the chunk's start is read.
 
     Returns:
-      The gradients of the tokens but for queries that came with them, which `prepare` noted; and
-      of the gates' bias under "bias" if gates learn.
+      What the memory owes; the gradient of its first state by way of the recurrence; the others.
     """
-    labels = {"k": "key", "v": "value", "q": "query"}
-    said = {n: notes[x] if x in notes else tokens.get(n) for n, x in labels.items()}
-    key = said["k"]
-    dwrite = 0
-    for name in plan.names:
-        owed = _owed(plan, notes, name, ledger.after(name))
-        ledger.shelve("owed_" + name, owed)
-        _untarget(plan, notes, ledger, name, said, owed)
-        along = notes["delta_" + name] if plan.steps else _target(plan, notes, name, said)
-        if not plan.steps:
-            along = _error(plan, place, memories, name, key, along)
-        dwrite += jnp.sum(owed * along, 1, keepdims=True)
-    dkey, dafter, dthrough = _undo_push(plan, notes, memories, ledger, key)
+    said = _said(tokens, notes)
+    key, delta = said["k"], notes["delta_" + name]
+    owed = _owed(plan, notes, name, after)
+    dvalue, asked = _untarget(plan, notes, name, said, owed), []
+    if plan.targets == "self":
+        asked.append((dvalue, said["v"]))
+        dvalue = _unconsult(plan, place, memories, name, dvalue)
+    if name == "q":
+        asked.append((notes["dquery"], tokens["x"]))
+    if name == "memory" and dy is not None:
+        asked.append((dy, said["q"]))
+    along = delta
+    if not plan.steps:
+        along = _error(plan, place, memories, name, key, _target(plan, notes, name, said))
+    dwrite = jnp.sum(owed * along, 1, keepdims=True)
+
+    pushed = notes["after"] * _dot(plan, delta, after)
+    dafter = jnp.sum(key * pushed, 1, keepdims=True)
+    dthrough = notes["through"] * _total(after * memories.state(name).astype(jnp.float32))
+    if "restore" in notes:
+        origin = memories.origin(name).astype(jnp.float32)
+        dthrough += notes["restore"] * _total(after * origin)
+    dkey, dlog = pushed, jnp.zeros_like(dwrite)
+    if plan.objective == "l2":
+        derror = -notes["write"] * owed
+        asked.append((derror, key))
+        dkey += _unconsult(plan, place, memories, name, derror)
+    if name == "memory" and "dkey" in notes:
+        dkey, dlog = dkey + notes["dkey"], notes["dlog"]
+    found = came = pairs = None
+    if plan.erases != "nothing":
+        decaying, resting = _unfound(plan, notes, memories, name, owed)
+        came = jnp.sum(key * decaying, 1, keepdims=True)
+        found = jnp.sum(key * (decaying + resting), 1, keepdims=True)
+        dkey -= _erase(plan, notes) * (decaying + resting)
+        pairs = _dot(plan, owed, delta, 1, 1)
+    share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, found, came, pairs)
+    return share, *_settle(plan, notes, place, name, key, after, owed, asked)
+
+
+def charge(plan: Plan, tokens: Values, notes: Values, place: Place | None, share: Share) -> Values:
+    """Undoes what tokens said to memories as far as it is in proportion to what is owed.
+
+    Args:
+      plan: What was computed.
+      tokens: As for `attend`.
+      notes: What `prepare` noted.
+      place: Where documents lie.
+      share: What all memories owe.
+
+    Returns:
+      The gradients of what memories answered to tokens, under the memories' names (k, v, gates),
+      and of what came with the tokens instead (k, v, eta, alpha).
+    """
+    key = _said(tokens, notes)["k"]
+    dkey, dwrite, dlog = share.key, share.write, share.log
     derase, dbefore, spans = 0.0, None, None
     if plan.erases != "nothing":
-        more, derase, dbefore, spans = _undo_erasing(plan, notes, place, memories, ledger, key)
-        dkey += more
-    dlog = _undecay(plan, place, dbefore, dafter, dthrough, spans)
-    if "dlog" in notes:
-        dlog += notes["dlog"]
+        erase = _erase(plan, notes)
+        pairs = share.pairs * _decay(plan, place, notes["arrival"], notes["departure"])
+        dkey -= erase * _dot(plan, pairs, key)
+        dkey -= _dot(plan, erase * pairs, key, 0, 0)
+        spans = pairs * _dot(plan, key, key, 1, 1)
+        derase = -share.found - jnp.sum(spans, 1, keepdims=True)
+        dbefore, spans = -erase * share.came, -erase * spans
+    dlog += _undecay(plan, place, dbefore, share.after, share.through, spans)
     if plan.erases == "state" and not plan.steps:
         dwrite += derase
     elif plan.erases == "retained":
@@ -474,20 +577,62 @@ def unlearn(
         dlog += derase * _erase(plan, notes)
     if place is not None:
         dlog, dwrite = jnp.where(place.live, dlog, 0), jnp.where(place.live, dwrite, 0)
+    slopes = {"k": _unscale(dkey, key, notes.get("key_scale")), "v": share.value}
+    if plan.gates:
+        dstep = dwrite if plan.steps else notes["write"] * dwrite
+        slopes["gates"] = _ungate(plan, notes, dstep, dlog)
+    if "eta" not in plan.gates:
+        slopes["eta"] = dwrite
+    if "alpha" not in plan.gates:
+        slopes["alpha"] = dlog / jnp.maximum(tokens["alpha"], SMALLEST)
+    return slopes
 
-    more, dvalue = _undo_errors(plan, notes, place, memories, ledger)
-    slopes = {"k": dkey + more, "v": dvalue}
-    dtokens, asked = _unproject(plan, tokens, notes, place, memories, said, slopes, dwrite, dlog)
-    if dy is not None:
-        asked["memory"] = [(dy, said["q"])]
-    for name in plan.names:
-        pairs = asked.get(name, [])
-        if plan.targets == "self":
-            pairs = [*pairs, (ledger.fetch("dtarget_" + name), said["v"])]
-        if plan.objective == "l2":
-            pairs = [*pairs, (-notes["write"] * ledger.fetch("owed_" + name), key)]
-        _settle(plan, notes, place, ledger, name, key, pairs)
+
+def blame(plan: Plan, place: Place | None, slope: Array, x: Array) -> Change:
+    """Hands the gradient of what a memory answered to tokens x to what they held of it."""
+    held = fresh = None
+    if place is None:
+        held = _dot(plan, slope, x, 0, 0)
+    else:
+        held = _dot(plan, jnp.where(place.open, slope, 0), x, 0, 0)
+        fresh = _dot(plan, jnp.where(place.open, 0, slope), x, 0, 0)
+    return Change(held, _plus(held, fresh) if plan.anchor else fresh)
+
+
+def answer(
+    plan: Plan,
+    tokens: Values,
+    notes: Values,
+    place: Place | None,
+    memories: Memories,
+    slopes: Values,
+) -> Values:
+    """Hands the gradients of what tokens said to the tokens.
+
+    Args:
+      plan: What was computed.
+      tokens: As for `attend`.
+      notes: What `prepare` noted.
+      place: Where documents lie.
+      memories: The memories.
+      slopes: What `charge` returned.
+
+    Returns:
+      The gradients of the tokens but for queries that came with them, which `prepare` noted.
+    """
+    dtokens = {name: slope for name, slope in slopes.items() if name not in plan.names}
+    if "x" in tokens:
+        asked = {name: slope for name, slope in slopes.items() if name in plan.names}
+        if "q" in plan.memories:
+            asked["q"] = notes["dquery"]
+        dtokens["x"] = sum(
+            _unconsult(plan, place, memories, name, slope) for name, slope in asked.items()
+        )
     return dtokens
+
+
+def _said(tokens, notes):
+    return {n: notes[label] if label in notes else tokens.get(n) for n, label in LABELS.items()}
 
 
 def _owed(plan, notes, name, after):
@@ -507,8 +652,8 @@ def _target(plan, notes, name, said):
     return target * notes["scale_" + name] if plan.normalize else target
 
 
-def _untarget(plan, notes, ledger, name, said, owed):
-    """Undoes the scale of one memory's targets."""
+def _untarget(plan, notes, name, said, owed):
+    """The gradient of one memory's targets before they were scaled."""
     dtarget = notes["write"] * owed
     if plan.normalize:
         target = _target(plan, notes, name, said)
@@ -518,55 +663,17 @@ def _untarget(plan, notes, ledger, name, said, owed):
         else:
             dtarget -= target * jnp.sum(dtarget * target, 1, keepdims=True)
             dtarget *= notes["scale_" + name]
-    ledger.shelve("dtarget_" + name, dtarget)
+    return dtarget
 
 
-def _undo_push(plan, notes, memories, ledger, key):
-    """Undoes that the last state is made of the first one and of what tokens added."""
-
-    def total(x):
-        return jnp.sum(jnp.sum(x, 1, keepdims=True), 0, keepdims=True)
-
-    pushed, dthrough, drestore = 0, 0, 0
-    for name in plan.names:
-        after = ledger.after(name)
-        pushed += _dot(plan, notes["delta_" + name], after)
-        dthrough += total(after * memories.state(name).astype(jnp.float32))
-        if "restore" in notes:
-            drestore += total(after * memories.origin(name).astype(jnp.float32))
-    pushed = notes["after"] * pushed
-    dafter = jnp.sum(key * pushed, 1, keepdims=True)
-    dthrough *= notes["through"]
-    if "restore" in notes:
-        dthrough += drestore * notes["restore"]
-    return (pushed + notes["dkey"] if "dkey" in notes else pushed), dafter, dthrough
-
-
-def _undo_erasing(plan, notes, place, memories, ledger, key):
-    """Undoes what tokens found under their keys, and the solve.
-
-    Returns:
-      The gradients of keys, of the erase gate, and of the logarithms of `before` (and `inherit`,
-      if it decays) and of `decay`.
-    """
-    erase = _erase(plan, notes)
-    decaying, resting, pairs = 0, 0, 0
-    for name in plan.names:
-        owed = ledger.fetch("owed_" + name)
-        decaying += _dot(plan, notes["before"] * owed, memories.state(name))
-        if plan.anchor:
-            resting += _dot(plan, owed, memories.origin(name))
-        elif "inherit" in notes:
-            decaying += _dot(plan, notes["inherit"] * owed, memories.origin(name))
-        pairs += _dot(plan, owed, notes["delta_" + name], 1, 1)
-    pairs *= _decay(plan, place, notes["arrival"], notes["departure"])
-    spans = pairs * _dot(plan, key, key, 1, 1)
-    came = jnp.sum(key * decaying, 1, keepdims=True)
-    found = jnp.sum(key * (decaying + resting), 1, keepdims=True)
-    derase = -found - jnp.sum(spans, 1, keepdims=True)
-    dkey = -erase * (decaying + resting + _dot(plan, pairs, key))
-    dkey -= _dot(plan, erase * pairs, key, 0, 0)
-    return dkey, derase, -erase * came, -erase * spans
+def _unfound(plan, notes, memories, name, owed):
+    """What is owed along the states that tokens found: those that decay, and the others."""
+    decaying, resting = _dot(plan, notes["before"] * owed, memories.state(name)), 0
+    if plan.anchor:
+        resting = _dot(plan, owed, memories.origin(name))
+    elif "inherit" in notes:
+        decaying += _dot(plan, notes["inherit"] * owed, memories.origin(name))
+    return decaying, resting
 
 
 def _undecay(plan, place, dbefore, dafter, dthrough, spans):
@@ -594,50 +701,11 @@ def _undecay(plan, place, dbefore, dafter, dthrough, spans):
     return dlog if dthrough is None else dlog + dthrough
 
 
-def _undo_errors(plan, notes, place, memories, ledger):
-    """Undoes targets and errors; returns what keys gain, and the gradient of values."""
-    dkey, dvalue = 0, 0
-    for name in plan.names:
-        dtarget = ledger.fetch("dtarget_" + name)
-        if plan.targets == "self":
-            dtarget = _unconsult(plan, place, memories, name, dtarget)
-        dvalue += dtarget
-        if plan.objective == "l2":
-            derror = notes["write"] * ledger.fetch("owed_" + name)
-            dkey -= _unconsult(plan, place, memories, name, derror)
-    return dkey, dvalue
-
-
-def _unproject(plan, tokens, notes, place, memories, said, slopes, dwrite, dlog):
-    """Undoes gates and projections; also returns with what each memory was asked by tokens."""
-    x, dx, dtokens, asked = tokens.get("x"), 0, {}, {}
-    labels = {"k": "key", "v": "value", "q": "query"}
-    if "q" in plan.memories:
-        slopes = slopes | {"q": notes["dquery"].astype(jnp.float32)}
-    for name, slope in slopes.items():
-        if name not in plan.memories:
-            dtokens[name] = slope
-            continue
-        if name != "v":
-            unit = said[name]
-            slope -= unit * jnp.sum(slope * unit, 1, keepdims=True)
-            slope *= notes[labels[name] + "_scale"]
-        slope = _round(plan, slope)
-        dx += _unconsult(plan, place, memories, name, slope)
-        asked[name] = [(slope, x)]
-    if plan.gates:
-        dstep = dwrite if plan.steps else notes["write"] * dwrite
-        dlogits = _ungate(plan, notes, dstep, dlog)
-        dtokens["bias"] = jnp.sum(dlogits, 0, keepdims=True)
-        dx += _unconsult(plan, place, memories, "gates", dlogits)
-        asked["gates"] = [(dlogits, x)]
-    if "eta" not in plan.gates:
-        dtokens["eta"] = dwrite
-    if "alpha" not in plan.gates:
-        dtokens["alpha"] = dlog / jnp.maximum(tokens["alpha"], SMALLEST)
-    if x is not None:
-        dtokens["x"] = dx
-    return dtokens, asked
+def _unscale(slope, unit, scale):
+    """Undoes that rows were scaled to unit length; `scale` is None where they were not."""
+    if scale is None:
+        return slope
+    return scale * (slope - unit * jnp.sum(slope * unit, 1, keepdims=True))
 
 
 def _ungate(plan, notes, dstep, dlog):
@@ -652,38 +720,33 @@ def _ungate(plan, notes, dstep, dlog):
     return dlogits
 
 
-def _settle(plan, notes, place, ledger, name, key, pairs):
-    """Sums up the gradients of one memory's matrices; `pairs` are (gradient, rows) it was asked."""
-    state = notes["through"] * ledger.after(name)
+def _settle(plan, notes, place, name, key, after, owed, asked):
+    """Gradients of one memory's matrices; it answered `asked`, pairs of (gradient, rows)."""
+    state = notes["through"] * after
     if name == "memory" and "dstate" in notes:
         state += notes["dstate"]
-    held = fresh = origin = None
-    for dy, rows in pairs:
-        if place is None:
-            held = _plus(held, _dot(plan, dy, rows, 0, 0))
-        else:
-            held = _plus(held, _dot(plan, jnp.where(place.open, dy, 0), rows, 0, 0))
-            fresh = _plus(fresh, _dot(plan, jnp.where(place.open, 0, dy), rows, 0, 0))
-    if plan.anchor and held is not None:
-        origin = held
-    if fresh is not None:
-        origin = _plus(origin, fresh)
+    held = origin = None
+    for slope, rows in asked:
+        change = blame(plan, place, slope, rows)
+        held, origin = _plus(held, change.held), _plus(origin, change.origin)
     if plan.erases != "nothing":
-        owed = -_erase(plan, notes) * ledger.fetch("owed_" + name)
+        owed = -_erase(plan, notes) * owed
         state += _dot(plan, notes["before"] * owed, key, 0, 0)
         if plan.anchor:
             origin = _plus(origin, _dot(plan, owed, key, 0, 0))
         elif "inherit" in notes:
             origin = _plus(origin, _dot(plan, notes["inherit"] * owed, key, 0, 0))
     if "restore" in notes:
-        origin = _plus(origin, notes["restore"] * ledger.after(name))
-    if ledger.origin is not None and origin is not None:
-        ledger.origin(name, origin)
-    ledger.before(name, state, held)
+        origin = _plus(origin, notes["restore"] * after)
+    return state, Change(held, origin)
 
 
-def _plus(sum_, x):
-    return x if sum_ is None else sum_ + x
+def _total(x):
+    return jnp.sum(jnp.sum(x, 1, keepdims=True), 0, keepdims=True)
+
+
+def _plus(a, b):
+    return b if a is None else a if b is None else a + b
 
 
 def _unconsult(plan, place, memories, name, dy):

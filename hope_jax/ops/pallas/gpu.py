@@ -20,6 +20,7 @@ stacked into one matrix of 256 rows (11.2 ms) made it faster.
 """
 
 from functools import partial
+from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -30,10 +31,14 @@ from jaxtyping import Array
 
 from hope_jax.ops.pallas import chunk as chunks
 from hope_jax.ops.pallas import walk
-from hope_jax.ops.pallas.chunk import GATE_ROWS, Ledger, Plan, Values
-from hope_jax.ops.pallas.walk import Sequence, View
+from hope_jax.ops.pallas.chunk import Change, Plan, Values
+from hope_jax.ops.pallas.walk import Gradients, Sequence, View
 
 PLATFORM = "gpu"
+
+PROGRAMS_OF_ONE_MEMORY = 32
+"""Neighbours among the programs of `_unlearn`; about the number of multiprocessors (108 to 132 on
+large GPUs) over the four matrices that HOPE's heads have."""
 
 
 class Launch(NamedTuple):
@@ -154,64 +159,130 @@ def backward(
 
 
 def _prepare(plan, sequence, starts, dy, launch):
-    """Runs `chunk.prepare` on all chunks."""
-    like = _like_tokens(sequence)
-    batch, time, heads, keys = like.shape
-    count, values = time // plan.chunk, dy.shape[-1]
+    """Runs `chunk.prepare` on all chunks, then `chunk.recall` on all memories of all chunks."""
+    batch, time, heads, values = dy.shape
+    keys, count, learning = _keys(sequence), time // plan.chunk, len(plan.names)
     restores = plan.segmented and not plan.anchor and sequence.origins is not None
-    column = (plan.chunk,)
-    out = walk.shapes_of_notes(plan, (batch, heads, count), keys, values, column, restores)
-    specs = jax.tree.map(_by_head, out)
-    if "q" not in plan.memories:
-        out["dquery"] = _like(sequence.tokens["q"])
-        specs["dquery"] = _by_token(out["dquery"])
-    return pl.pallas_call(
+    place, column = (batch, heads, count), (plan.chunk,)
+    out = walk.shapes_of_notes(plan, place, keys, values, column, restores)
+    recalled = ("ddelta", "dkey", "dstate", "dlog", "dquery", "weight")
+    recalled += tuple(
+        kind + name for kind in ("delta_", "target_", "scale_") for name in plan.names
+    )
+    told = {name: shape for name, shape in out.items() if name not in recalled}
+    learned = {name: shape for name, shape in out.items() if name in recalled}
+    passing = {}
+    if plan.erases != "nothing":
+        square = (*place, plan.chunk, plan.chunk)
+        passing["inverse"] = jax.ShapeDtypeStruct(square, plan.operand)
+    if "q" in plan.memories:
+        passing["query_scale"] = jax.ShapeDtypeStruct((*place, *column), jnp.float32)
+    by_head = partial(jax.tree.map, _by_head)
+    specs = [_sequence_specs(sequence), by_head(starts)]
+    told = pl.pallas_call(
         partial(_prepare_kernel, plan, _view(plan, launch)),
-        out_shape=out,
+        out_shape=told | passing,
         grid=(heads, batch, count),
-        in_specs=[_sequence_specs(sequence), jax.tree.map(_by_head, starts), _by_token(dy)],
-        out_specs=specs,
+        in_specs=specs,
+        out_specs=by_head(told | passing),
         name="memory_prepare",
         **_how(launch),
-    )(sequence, starts, dy)
+    )(sequence, starts)
+    to = by_head(learned)
+    if "q" not in plan.memories:
+        learned["dquery"] = _like(sequence.tokens["q"])
+        to["dquery"] = _by_token(learned["dquery"])
+    learned = pl.pallas_call(
+        partial(_recall_kernel, plan, _view(plan, launch)),
+        out_shape=learned,
+        grid=(heads, batch, count * learning),
+        in_specs=[*specs, _by_token(dy), by_head(told)],
+        out_specs=to,
+        name="memory_recall",
+        **_how(launch),
+    )(sequence, starts, dy, told)
+    return {name: note for name, note in told.items() if name not in passing} | learned
 
 
 def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
-    """Runs `chunk.unlearn` from the last chunk to the first."""
-    batch, _, heads, values = dy.shape
-    states = jax.tree.map(_like, sequence.states)
-    bias = jax.ShapeDtypeStruct((batch, heads, 1, GATE_ROWS), jnp.float32)
-    tokens = {name: _like(a) for name, a in sequence.tokens.items() if name != "q"}
-    shelf = {
-        name: jax.ShapeDtypeStruct((batch, heads, *shape), plan.operand)
-        for name, shape in walk.shapes_of_shelf(plan, values).items()
-    }
-    out = (
-        tokens,
-        states,
-        states if plan.holds else None,
-        None if sequence.origins is None else states,
-        bias if plan.gates else None,
-        shelf,
-    )
-    operands = (sequence, notes, starts, dy, dstates, dheld)
+    """Runs `chunk.unlearn` from the last chunk to the first, then `chunk.answer` on all.
+
+    The memories of a head are programs of their own. Through what tokens say to all of them each
+    needs what the others owe for a chunk before it goes on with the next; so every chunk is a
+    launch, which begins with what the last one left. Programs are numbered so that those that a
+    multiprocessor gets are for the same memory: code of all memories would not fit into its cache.
+    """
+    operands = sequence, notes, starts, dy, dheld
+    widths = _keys(sequence), dy.shape[-1]
+    batch, time, heads, _ = dy.shape
+    count, learning = time // plan.chunk, len(plan.names)
     by_head = partial(jax.tree.map, _by_head)
+
+    run = gcd(batch * heads, PROGRAMS_OF_ONE_MEMORY)
+
+    def numbered(specs):
+        def of_head(place, _, block):
+            head = block * run + place
+            return jax.lax.rem(head, heads), jax.lax.div(head, heads)
+
+        def renumber(spec):
+            return pl.BlockSpec(spec.block_shape, lambda *ids: spec.index_map(*of_head(*ids)))
+
+        return jax.tree.map(renumber, specs)
+
+    def zeros(shapes, *axes):
+        front = (batch, heads, *axes)
+        return jax.tree.map(lambda shape: jnp.zeros(front + shape.shape, shape.dtype), shapes)
+
+    def chunk(i, left):
+        kernel = partial(_unlearn_kernel, plan, _view(plan, launch))
+        first = 1 + len(jax.tree.leaves(operands))
+        places = range(len(jax.tree.leaves(left)))
+        return pl.pallas_call(
+            kernel,
+            out_shape=jax.tree.map(_like, left),
+            grid=(run, learning, batch * heads // run),
+            in_specs=[
+                pl.BlockSpec((1,), lambda *_: (0,)),
+                *numbered((_sequence_specs(sequence), *by_head((notes, starts)))),
+                numbered(_by_token(dy)),
+                *numbered(by_head((dheld, *left))),
+            ],
+            out_specs=numbered(by_head(left)),
+            input_output_aliases={first + place: place for place in places},
+            name="memory_unlearn",
+            **_how(launch),
+        )(jnp.reshape(i, 1), *operands, *left)
+
+    nothing = jax.tree.map(jnp.zeros_like, sequence.states)
+    gradients = Gradients(
+        dstates,
+        nothing if plan.holds else None,
+        None if sequence.origins is None else nothing,
+    )
+    dues = zeros(walk.shapes_of_share(plan, *widths), 2, learning)
+    left = gradients, dues, zeros(walk.shapes_of_slopes(plan, *widths), count)
+    gradients, _, slopes = jax.lax.fori_loop(0, count + 1, chunk, left)
+    dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
+    dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
+    return dtokens, *gradients, dbias
+
+
+def _answer(plan, sequence, notes, starts, slopes, launch):
+    """Runs `chunk.answer` on all chunks."""
+    tokens = {name: _like(a) for name, a in sequence.tokens.items() if name != "q"}
+    batch, heads, count = starts["memory"].shape[:3]
     return pl.pallas_call(
-        partial(_unlearn_kernel, plan, _view(plan, launch)),
-        out_shape=out,
-        grid=(heads, batch),
+        partial(_answer_kernel, plan, _view(plan, launch)),
+        out_shape=tokens,
+        grid=(heads, batch, count),
         in_specs=[
-            _sequence_specs(sequence),
-            by_head(notes),
-            by_head(starts),
-            _by_token(dy),
-            by_head(dstates),
-            by_head(dheld),
+            _sequence_specs(sequence), *jax.tree.map(_by_head, (notes, starts, slopes)),
         ],
-        out_specs=(jax.tree.map(_by_token, out[0]), *by_head(out[1:])),
-        name="memory_unlearn",
+        out_specs=jax.tree.map(_by_token, tokens),
+        name="memory_answer",
         **_how(launch),
-    )(*operands)[:-1]
+    )(sequence, notes, starts, slopes)  # fmt: skip
 
 
 def _push_back(plan, sequence, notes, dstates, launch):
@@ -227,7 +298,7 @@ def _push_back(plan, sequence, notes, dstates, launch):
         def chunk(i, after):
             n = count - 1 - i
             afters[n] = after.astype(afters.dtype)
-            noted = walk.Noted(notes, view.item(n))
+            noted = {name: walk.as_column(ref[view.item(n)]) for name, ref in notes.items()}
             return chunks.push_back(plan, noted, key[view.rows(n)], after)
 
         before[...] = jax.lax.fori_loop(0, count, chunk, after[...])
@@ -251,16 +322,12 @@ def _unlearn_at_once(plan, sequence, notes, starts, afters, launch):
     batch = starts["memory"].shape[0]
 
     def kernel(sequence, notes, starts, afters, dtokens):
-        n = pl.program_id(2)
-        shelf = {}
-        ledger = Ledger(
-            lambda name: afters[name][n].astype(jnp.float32),
-            lambda *_: None,
-            None,
-            shelf.__setitem__,
-            shelf.__getitem__,
-        )
-        walk.unlearn(plan, _view(plan, launch), sequence, notes, starts, None, n, ledger, dtokens)
+        n, view = pl.program_id(2), _view(plan, launch)
+        after = afters["memory"][n].astype(jnp.float32)
+        page = _look(plan, view, sequence, starts, n, notes)
+        share, _, _ = chunks.unlearn(plan, *page, "memory", after, None)
+        slopes = chunks.charge(plan, *page[:3], share)
+        walk.answer(plan, view, page, n, slopes, dtokens)
 
     by_head = partial(jax.tree.map, _by_head)
     return pl.pallas_call(
@@ -287,6 +354,10 @@ def _view(plan, launch):
         last=lambda ref, n: ref[n],
         fence=(lambda: None) if launch.interpret else triton.debug_barrier,
     )
+
+
+def _keys(sequence):
+    return _like_tokens(sequence).shape[-1]
 
 
 def _like(array):
@@ -342,24 +413,88 @@ def _forward_kernel(plan, view, sequence, y, ends, ends_held, starts):
     jax.lax.fori_loop(0, y.shape[0] // plan.chunk, chunk, 0)
 
 
-def _prepare_kernel(plan, view, sequence, starts, dy, notes):
-    """The kernel that takes notes of a chunk."""
-    walk.prepare(plan, view, sequence, starts, dy, pl.program_id(2), notes)
+def _prepare_kernel(plan, view, sequence, starts, notes):
+    """The kernel that takes notes of what is said in a chunk."""
+    n = pl.program_id(2)
+    walk.prepare(plan, view, sequence, starts, n, walk.taker(plan, view, notes, n))
+
+
+def _recall_kernel(plan, view, sequence, starts, dy, told, notes):
+    """The kernel that takes notes of what a memory learns from a chunk."""
+    learning = len(plan.names)
+    n = jax.lax.div(pl.program_id(2), learning)
+
+    def memory(name):
+        page = _look(plan, view, sequence, starts, n, told)
+        lesson = chunks.recollect(plan, *page[:3])
+        walk.recall(plan, view, page, dy, n, name, lesson, walk.taker(plan, view, notes, n))
+
+    for place, name in enumerate(plan.names):
+        pl.when(jax.lax.rem(pl.program_id(2), learning) == place)(partial(memory, name))
+
+
+def _answer_kernel(plan, view, sequence, notes, starts, slopes, dtokens):
+    """The kernel that hands tokens of a chunk what they gain."""
+    n = pl.program_id(2)
+    said = {name: walk.as_column(ref[n]) for name, ref in slopes.items()}
+    page = _look(plan, view, sequence, starts, n, notes)
+    walk.answer(plan, view, page, n, said, dtokens)
+
+
+def _look(plan, view, sequence, starts, n, notes):
+    return walk.look(plan, view, sequence, n, lambda name: starts[name][n], notes)
 
 
 def _unlearn_kernel(
-    plan, view, sequence, notes, starts, dy, dends, dends_held,
-    dtokens, dstates, dheld, dorigins, dbias, shelf,
+    plan, view, number, sequence, notes, starts, dy, dends_held,
+    _gradients, _dues, _slopes, gradients, dues, slopes,
 ):  # fmt: skip
-    """The kernel that hands gradients back from chunk to chunk."""
-    count = dy.shape[0] // plan.chunk
+    """The kernel that hands gradients back through chunks, one number of a launch for each.
 
-    def chunk(i, _):
-        walk.backward(
-            plan, view, sequence, notes, starts, dy, dends_held, count - 1 - i,
-            dtokens, dstates, dheld, dorigins, dbias, shelf,
-        )  # fmt: skip
-        return 0
+    `dues` are what memories owe for what tokens said in this chunk and in the one of the launch
+    before. A memory that was asked in that one undoes there what it answered; "memory", which was
+    not, undoes what came with the tokens.
+    """
+    done, count = number[0], dy.shape[0] // plan.chunk
+    n, late = count - 1 - done, jnp.minimum(count - done, count - 1)
 
-    walk.begin_backward(plan, view, dends, dstates, dorigins, dbias)
-    jax.lax.fori_loop(0, count, chunk, 0)
+    def memory(place, name):
+        said = [x for x in slopes if x == name or (name == "memory" and x not in plan.names)]
+        owed = [_share(dues, (done + 1) & 1, place) for place in range(len(plan.names))]
+        after = gradients.states[name][...]
+        page = _look(plan, view, sequence, starts, jnp.maximum(n, 0), notes)
+        before = _look(plan, view, sequence, starts, late, notes)
+        whole = jax.tree.map(lambda *shares: sum(shares), *owed)
+        slope = chunks.charge(plan, *before[:3], whole)
+        for x in said:
+            rows = slopes[x].at[late]
+            rows[...] = slope[x].reshape(rows.shape).astype(rows.dtype)
+        answers = Change(None, None)
+        if name in slopes:
+            answers = chunks.blame(plan, before.place, slope[name], before.tokens["x"])
+
+        def last():
+            walk.settle(plan, view, gradients, name, after, [(n + 1, answers)])
+
+        def chunk():
+            whole = after if answers.held is None else after + answers.held
+            share, state, change = walk.unlearn(
+                plan, view, sequence, page, dy, dends_held, n, name, whole
+            )
+            changes = [(n + 1, Change(None, answers.origin)), (n, change)]
+            walk.settle(plan, view, gradients, name, state, changes)
+            for ref, part in zip(jax.tree.leaves(dues), jax.tree.leaves(share), strict=True):
+                rows = ref.at[done & 1, place]
+                rows[...] = part.reshape(rows.shape).astype(rows.dtype)
+
+        pl.when(n < 0)(last)
+        pl.when(n >= 0)(chunk)
+
+    for place, name in enumerate(plan.names):
+        pl.when(pl.program_id(1) == place)(partial(memory, place, name))
+
+
+def _share(dues, parity, place):
+    """What a memory owed in a launch."""
+    rows = jax.tree.map(lambda ref: walk.as_column(ref[parity, place]), dues)
+    return jax.tree.map(lambda part: part.astype(jnp.float32), rows)

@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from hope_jax.ops.pallas import chunk as chunks
 from hope_jax.ops.pallas import walk
 from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, Values
-from hope_jax.ops.pallas.walk import Sequence, View
+from hope_jax.ops.pallas.walk import Gradients, Sequence, View
 
 PLATFORM = "tpu"
 
@@ -124,7 +125,7 @@ def _prepare(plan, sequence, starts, dy, launch):
 
 def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     """Runs `chunk.unlearn` from the last chunk to the first."""
-    batch, heads, count, _, values = dy.shape
+    batch, heads, count = dy.shape[:3]
     states = jax.tree.map(_like, dstates)
     out = (
         {name: _like(array) for name, array in sequence.tokens.items() if name != "q"},
@@ -133,10 +134,6 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
         None if sequence.origins is None else states,
         jax.ShapeDtypeStruct((batch, heads, 1, GATE_ROWS), jnp.float32) if plan.gates else None,
     )
-    shelf = {
-        name: pltpu.VMEM(shape, plan.operand)
-        for name, shape in walk.shapes_of_shelf(plan, values).items()
-    }
     by_chunk = partial(jax.tree.map, partial(_by_chunk, count=count))
     by_head = partial(jax.tree.map, _by_head)
     operands = (sequence, notes, starts, dy, dstates, dheld)
@@ -150,7 +147,6 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
             *map(by_head, operands[4:]),
         ],
         out_specs=(by_chunk(out[0]), *by_head(out[1:])),
-        scratch_shapes=[shelf],
         name="memory_unlearn",
         **_how(launch),
     )(*operands)
@@ -183,20 +179,50 @@ def _forward_kernel(plan, sequence, y, ends, ends_held, starts):
 
 def _prepare_kernel(plan, sequence, starts, dy, notes):
     """The kernel that takes notes of a chunk."""
-    walk.prepare(plan, VIEW, sequence, starts, dy, pl.program_id(2), notes)
+    n = pl.program_id(2)
+    note = walk.taker(plan, VIEW, notes, n)
+    lesson = walk.prepare(plan, VIEW, sequence, starts, n, note)
+    page = _look(plan, sequence, starts, n)
+    for name in plan.names:
+        walk.recall(plan, VIEW, page, dy, n, name, lesson, note)
+
+
+def _look(plan, sequence, starts, n, notes=None):
+    return walk.look(plan, VIEW, sequence, n, lambda name: starts[name][...], notes)
 
 
 def _unlearn_kernel(
     plan, sequence, notes, starts, dy, dends, dends_held,
-    dtokens, dstates, dheld, dorigins, dbias, shelf,
+    dtokens, dstates, dheld, dorigins, dbias,
 ):  # fmt: skip
     """The kernel that hands gradients back from chunk to chunk."""
     done, count = pl.program_id(2), pl.num_programs(2)
-    pl.when(done == 0)(lambda: walk.begin_backward(plan, VIEW, dends, dstates, dorigins, dbias))
-    walk.backward(
-        plan, VIEW, sequence, notes, starts, dy, dends_held, count - 1 - done,
-        dtokens, dstates, dheld, dorigins, dbias, shelf,
-    )  # fmt: skip
+    n, gradients = count - 1 - done, Gradients(dstates, dheld, dorigins)
+
+    @pl.when(done == 0)
+    def _():
+        for name in plan.names:
+            dstates[name][...] = dends[name][...]
+        for ref in jax.tree.leaves((dheld, dorigins, dbias)):
+            ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+    shares, page = [], _look(plan, sequence, starts, n, notes)
+    for name in plan.names:
+        after = dstates[name][...]
+        share, state, change = walk.unlearn(
+            plan, VIEW, sequence, page, dy, dends_held, n, name, after
+        )
+        walk.settle(plan, VIEW, gradients, name, state, [(n, change)])
+        shares.append(share)
+    whole = jax.tree.map(lambda *parts: sum(parts), *shares)
+    slopes = chunks.charge(plan, *page[:3], whole)
+    for name in plan.names:
+        if name in slopes:
+            change = chunks.blame(plan, page.place, slopes[name], page.tokens["x"])
+            walk.settle(plan, VIEW, gradients, name, dstates[name][...], [(n, change)])
+    walk.answer(plan, VIEW, page, n, slopes, dtokens)
+    if plan.gates:
+        dbias[...] += jnp.sum(slopes["gates"], 0, keepdims=True)
 
 
 def _like(array):

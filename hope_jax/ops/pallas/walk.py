@@ -4,7 +4,7 @@ The kernels of all machines are these. What a machine adds is how a sequence is 
 and how a program sees its part (`View`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hope_jax.ops.pallas import chunk as chunks
-from hope_jax.ops.pallas.chunk import GATE_ROWS, Ledger, Memories, Place, Plan, Values
+from hope_jax.ops.pallas.chunk import (
+    GATE_ROWS,
+    Change,
+    Lesson,
+    Memories,
+    Place,
+    Plan,
+    Share,
+    Values,
+)
 
 
 class Sequence(NamedTuple):
@@ -90,13 +99,96 @@ def shapes_of_notes(
     }
 
 
-def shapes_of_shelf(plan: Plan, values: int) -> dict[str, tuple[int, int]]:
-    """What `backward` puts aside while it goes through a chunk."""
-    shapes = {}
-    for name in plan.names:
-        shape = plan.chunk, GATE_ROWS if name == "gates" else values
-        shapes |= {"owed_" + name: shape, "dtarget_" + name: shape}
-    return shapes
+def shapes_of_slopes(plan: Plan, keys: int, values: int) -> Values:
+    """What `chunk.charge` returns of a chunk, by name; columns as vectors."""
+    wide = {"k": keys, "v": values}
+    shapes = {n: jax.ShapeDtypeStruct((plan.chunk, w), plan.operand) for n, w in wide.items()}
+    if plan.gates:
+        shapes["gates"] = jax.ShapeDtypeStruct((plan.chunk, GATE_ROWS), jnp.float32)
+    column = jax.ShapeDtypeStruct((plan.chunk,), jnp.float32)
+    return shapes | {name: column for name in ("eta", "alpha") if name not in plan.gates}
+
+
+def shapes_of_share(plan: Plan, keys: int, values: int) -> Share:
+    """What `chunk.unlearn` returns as a share of a chunk; columns as vectors."""
+
+    def rows(width):
+        return jax.ShapeDtypeStruct((plan.chunk, width), plan.operand)
+
+    column = jax.ShapeDtypeStruct((plan.chunk,), jnp.float32)
+    found = came = pairs = None
+    if plan.erases != "nothing":
+        found, came, pairs = column, column, rows(plan.chunk)
+    through = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    return Share(rows(keys), rows(values), column, column, column, through, found, came, pairs)
+
+
+class Page(NamedTuple):
+    """What a program sees of a chunk.
+
+    Attributes:
+      tokens: As for `chunk.attend`.
+      notes: What was noted of the chunk.
+      place: Where documents lie.
+      memories: The memories.
+    """
+
+    tokens: Values
+    notes: Mapping[str, Array]
+    place: Place | None
+    memories: Memories
+
+
+def look(plan, view, sequence, n, state, notes=None) -> Page:
+    """Opens chunk n; matrices and notes are read where they are used, since registers are few.
+
+    Args:
+      plan: What is computed.
+      view: How memory is seen.
+      sequence: What there is to read.
+      n: The number of the chunk.
+      state: Reads the state of a memory at the chunk's start, given its name.
+      notes: Where notes lie.
+    """
+    tokens = {name: as_column(ref[view.rows(n)]) for name, ref in sequence.tokens.items()}
+    place = None
+    if plan.segmented:
+        number = as_column(sequence.segments[view.rows(n)])
+        place = Place(number, view.last(sequence.last, n))
+
+    def held(name):
+        matrix = state(name)
+        if plan.holds:
+            matrix = jnp.where(n == 0, sequence.held[name][...].astype(matrix.dtype), matrix)
+        if plan.anchor:
+            matrix = matrix.astype(jnp.float32) + origin(name).astype(jnp.float32)
+        return matrix.astype(plan.operand)
+
+    def origin(name):
+        return sequence.origins[name][...]
+
+    memories = Memories(
+        lambda name: state(name).astype(plan.operand),
+        held,
+        None if sequence.origins is None else origin,
+    )
+    return Page(tokens, Noted(notes or {}, view.item(n)), place, memories)
+
+
+class Noted(Mapping):
+    """Notes of a chunk by name, read when they are asked for."""
+
+    def __init__(self, refs, item):
+        self.refs, self.item = refs, item
+
+    def __getitem__(self, name):
+        return as_column(self.refs[name][self.item])
+
+    def __iter__(self):
+        return iter(self.refs)
+
+    def __len__(self):
+        return len(self.refs)
 
 
 def begin_forward(plan, view, sequence, ends, ends_held):
@@ -110,14 +202,13 @@ def begin_forward(plan, view, sequence, ends, ends_held):
 
 def forward(plan, view, sequence, n, y, ends, ends_held, starts):
     """Reads chunk n; `starts` takes the states at its start unless it is None."""
-    place, tokens = _place(plan, view, sequence, n), _tokens(view, sequence, n)
-    memories = _memories(plan, sequence, lambda name: ends[name][...], n)
-    bias = None if sequence.bias is None else sequence.bias[...]
+    page = look(plan, view, sequence, n, lambda name: ends[name][...])
+    place, memories = page.place, page.memories
     for name in plan.names if starts is not None else ():
-        starts[name][view.item(n)] = ends[name][...].astype(plan.operand)
+        starts[name][view.item(n)] = memories.state(name)
     if plan.holds:
         _hold(plan, view, sequence, n, place, memories, ends, ends_held)
-    lesson = chunks.attend(plan, tokens, place, memories, bias)
+    lesson = chunks.attend(plan, page.tokens, place, memories, _bias(sequence))
     for name in plan.names:
         _, _, delta = chunks.teach(plan, lesson, place, memories, name)
         if name == "memory":
@@ -127,93 +218,94 @@ def forward(plan, view, sequence, n, y, ends, ends_held, starts):
         _put(view, ends[name], after)
 
 
-def prepare(plan, view, sequence, starts, dy, n, notes):
-    """Takes notes of chunk n."""
-    place, tokens = _place(plan, view, sequence, n), _tokens(view, sequence, n)
-    memories = _memories(plan, sequence, lambda name: starts[name][view.item(n)], n)
-    bias = None if sequence.bias is None else sequence.bias[...]
+def prepare(plan, view, sequence, starts, n, note) -> Lesson:
+    """Takes notes of what was said in chunk n, which is returned; see `chunk.prepare`."""
+    page = look(plan, view, sequence, n, lambda name: starts[name][view.item(n)])
+    lesson = chunks.attend(plan, page.tokens, page.place, page.memories, _bias(sequence))
+    chunks.prepare(plan, lesson, note)
+    return lesson
+
+
+def recall(plan, view, page, dy, n, name, lesson, note):
+    """Takes notes of what one memory learned from chunk n; see `chunk.recall`."""
+    grad = dy[view.rows(n)] if name == "memory" else None
+    if page.place is not None and grad is not None:
+        grad = jnp.where(page.place.live, grad, 0)
+    chunks.recall(plan, lesson, page.place, page.memories, name, grad, note)
+
+
+def taker(plan, view, notes, n):
+    """A function that stores what is noted of chunk n if there is room for it under its name."""
 
     def note(name, value):
-        given = name == "dquery" and "q" not in plan.memories
-        index = view.rows(n) if given else view.item(n)
-        ref = notes[name]
-        ref[index] = value.reshape(ref.at[index].shape).astype(ref.dtype)
+        if name in notes:
+            given = name == "dquery" and "q" not in plan.memories
+            ref = notes[name].at[view.rows(n) if given else view.item(n)]
+            ref[...] = value.reshape(ref.shape).astype(ref.dtype)
 
-    lesson = chunks.attend(plan, tokens, place, memories, bias)
-    grad = dy[view.rows(n)]
-    if place is not None:
-        grad = jnp.where(place.live, grad, 0)
-    chunks.prepare(plan, lesson, place, memories, grad, note)
+    return note
 
 
-def begin_backward(plan, view, dends, dstates, dorigins, dbias):
-    """Lays the gradients of the last states where `backward` finds them, and zero for sums."""
-    for name in plan.names:
-        dstates[name][...] = dends[name][...]
-        if dorigins is not None:
-            dorigins[name][...] = jnp.zeros(dorigins[name].shape, jnp.float32)
-    if plan.gates:
-        dbias[...] = jnp.zeros(dbias.shape, jnp.float32)
-    view.fence()
+class Gradients(NamedTuple):
+    """Where the gradients of the memories of one head are summed, by name.
+
+    Attributes:
+      states: Of the states after, then before the tokens.
+      held: Of what the first chunk held; None unless the plan holds.
+      origins: Of the origins; None without.
+    """
+
+    states: Values
+    held: Values | None
+    origins: Values | None
 
 
-def backward(
-    plan, view, sequence, notes, starts, dy, dends_held, n,
-    dtokens, dstates, dheld, dorigins, dbias, shelf,
-):  # fmt: skip
-    """Hands gradients back through chunk n."""
-    place = _place(plan, view, sequence, n)
+def unlearn(
+    plan, view, sequence, page, dy, dends_held, n, name, after
+) -> tuple[Share, Array, Change]:
+    """Hands the gradient of one memory after chunk n back through it; see `chunk.unlearn`.
 
-    def before(name, state, held):
-        held = 0 if held is None else held
-        if plan.holds and place is not None:
-            ending = jnp.where(n == sequence.final[0], dends_held[name][...], 0)
-            if dorigins is not None and not plan.anchor:
-                origin(name, jnp.where(place.last > 0, ending, 0))
-            held += jnp.where(place.last > 0, 0, ending)
-            _put(view, dheld[name], jnp.where(n == 0, held, 0))
-            held = jnp.where(n == 0, 0, held)
-        _put(view, dstates[name], state + held)
-
-    def origin(name, change):
-        _put(view, dorigins[name], dorigins[name][...] + change)
-
-    ledger = Ledger(
-        lambda name: dstates[name][...],
-        before,
-        None if dorigins is None else origin,
-        lambda name, rows: _put(view, shelf[name], rows),
-        lambda name: shelf[name][...],
-    )
-    bias = unlearn(plan, view, sequence, notes, starts, dy, n, ledger, dtokens)
-    if plan.gates:
-        _put(view, dbias, dbias[...] + bias)
-
-
-def unlearn(plan, view, sequence, notes, starts, dy, n, ledger, dtokens):
-    """Hands gradients back through chunk n; returns that of the bias, if there is one."""
-    rows = view.rows(n)
-    place, tokens = _place(plan, view, sequence, n), _tokens(view, sequence, n)
-    memories = _memories(plan, sequence, lambda name: starts[name][view.item(n)], n)
-    grad = None
+    `dends_held` is the gradient of what the last live token held, None unless the plan holds.
+    """
+    place, grad = page.place, None
     if plan.read == "chunk":
-        grad = dy[rows] if place is None else jnp.where(place.live, dy[rows], 0)
-    noted = Noted(notes, view.item(n))
-    slopes = chunks.unlearn(plan, tokens, noted, place, memories, ledger, grad)
+        grad = dy[view.rows(n)]
+        grad = grad if place is None else jnp.where(place.live, grad, 0)
+    share, state, change = chunks.unlearn(plan, *page, name, after, grad)
+    if plan.holds:
+        ending = jnp.where(n == sequence.final[0], dends_held[name][...], 0)
+        held = jnp.where(place.last > 0, 0, ending)
+        held = held if change.held is None else held + change.held
+        origin = change.origin
+        if not plan.anchor and origin is not None:
+            origin += jnp.where(place.last > 0, ending, 0)
+        change = Change(held, origin)
+    return share, state, change
+
+
+def settle(plan, view, gradients, name, state, changes):
+    """Stores the gradients of one memory's matrices; `changes` come with their chunks' numbers."""
+    first, origin = 0, 0
+    for n, change in changes:
+        held = 0 if change.held is None else change.held
+        if plan.holds:
+            first += jnp.where(n == 0, held, 0)
+            held = jnp.where(n == 0, 0, held)
+        state += held
+        origin += 0 if change.origin is None else change.origin
+    _put(view, gradients.states[name], state)
+    if plan.holds:
+        _put(view, gradients.held[name], gradients.held[name][...] + first)
+    if gradients.origins is not None:
+        _put(view, gradients.origins[name], gradients.origins[name][...] + origin)
+
+
+def answer(plan, view, page, n, slopes, dtokens):
+    """Stores what the tokens of chunk n gain."""
+    rows = view.rows(n)
+    gains = chunks.answer(plan, *page, slopes)
     for name, ref in dtokens.items():
-        ref[rows] = slopes[name].reshape(ref.at[rows].shape).astype(ref.dtype)
-    return slopes.get("bias")
-
-
-class Noted(dict):
-    """Notes of a chunk by name, loaded when they are asked for."""
-
-    def __init__(self, refs, item):
-        super().__init__(refs)
-        self.item = item
-
-    def __getitem__(self, name):
-        return _column(super().__getitem__(name)[self.item])
+        ref[rows] = gains[name].reshape(ref.at[rows].shape).astype(ref.dtype)
 
 
 def read_by_origin(plan, sequence, notes, weight, dy, dorigins):
@@ -243,44 +335,17 @@ def _hold(plan, view, sequence, n, place, memories, ends, ends_held):
         _put(view, ends_held[name], jnp.where(final, held, ends_held[name][...]))
 
 
-def _tokens(view, sequence, n):
-    """A chunk's tokens; gates as columns."""
-    return {name: _column(ref[view.rows(n)]) for name, ref in sequence.tokens.items()}
+def _bias(sequence):
+    return None if sequence.bias is None else sequence.bias[...]
 
 
-def _column(value):
+def as_column(value):
+    """A vector over tokens as a column; what has two axes as it is."""
     return value if value.ndim == 2 else value[:, None]
 
 
-def _place(plan, view, sequence, n):
-    if not plan.segmented:
-        return None
-    number = _column(sequence.segments[view.rows(n)])
-    return Place(number, view.last(sequence.last, n))
-
-
-def _memories(plan, sequence, state, n):
-    """Reads matrices as operands; `state` reads those at the start of chunk n."""
-
-    def held(name):
-        matrix = state(name)
-        if plan.holds:
-            matrix = jnp.where(n == 0, sequence.held[name][...].astype(matrix.dtype), matrix)
-        if plan.anchor:
-            matrix = matrix.astype(jnp.float32) + origin(name).astype(jnp.float32)
-        return matrix.astype(plan.operand)
-
-    def origin(name):
-        return sequence.origins[name][...]
-
-    return Memories(
-        lambda name: state(name).astype(plan.operand),
-        held,
-        None if sequence.origins is None else origin,
-    )
-
-
 def _put(view, ref, value):
+    """Replaces what a program may have read, so that all its threads read either old or new."""
     view.fence()
     ref[...] = value.astype(ref.dtype)
     view.fence()
