@@ -1,21 +1,27 @@
 """Puts the tests on eight virtual CPU devices, and offers float64 to those that ask."""
 
+import gc
 import os
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: without these a gradient of HOPE takes five times as long.
-# The last is unknown to later versions, which end the process over it.
+# The last two are for the version that they were tried with: others end the process over a flag
+# that they do not know.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10.")
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * version("jaxlib").startswith("0.10.")
 )
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes many small objects that live: looking through them so often is a quarter of it.
+gc.freeze()
+gc.set_threshold(20_000, 50, 50)
 
 
 @pytest.fixture
