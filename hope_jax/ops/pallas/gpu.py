@@ -20,7 +20,6 @@ stacked into one matrix of 256 rows (11.2 ms) made it faster.
 """
 
 from functools import partial
-from math import gcd
 from typing import NamedTuple
 
 import jax
@@ -35,10 +34,6 @@ from hope_jax.ops.pallas.chunk import Change, Plan, Values
 from hope_jax.ops.pallas.walk import Gradients, Sequence, View
 
 PLATFORM = "gpu"
-
-PROGRAMS_OF_ONE_MEMORY = 32
-"""Neighbours among the programs of `_unlearn`; about the number of multiprocessors (108 to 132 on
-large GPUs) over the four matrices that HOPE's heads have."""
 
 
 class Launch(NamedTuple):
@@ -209,26 +204,14 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
 
     The memories of a head are programs of their own. Through what tokens say to all of them each
     needs what the others owe for a chunk before it goes on with the next; so every chunk is a
-    launch, which begins with what the last one left. Programs are numbered so that those that a
-    multiprocessor gets are for the same memory: code of all memories would not fit into its cache.
+    launch, which begins with what the last one left. Twice the warps hold what a program needs with
+    fewer spilled registers.
     """
     operands = sequence, notes, starts, dy, dheld
     widths = _keys(sequence), dy.shape[-1]
     batch, time, heads, _ = dy.shape
     count, learning = time // plan.chunk, len(plan.names)
     by_head = partial(jax.tree.map, _by_head)
-
-    run = gcd(batch * heads, PROGRAMS_OF_ONE_MEMORY)
-
-    def numbered(specs):
-        def of_head(place, _, block):
-            head = block * run + place
-            return jax.lax.rem(head, heads), jax.lax.div(head, heads)
-
-        def renumber(spec):
-            return pl.BlockSpec(spec.block_shape, lambda *ids: spec.index_map(*of_head(*ids)))
-
-        return jax.tree.map(renumber, specs)
 
     def zeros(shapes, *axes):
         front = (batch, heads, *axes)
@@ -241,17 +224,18 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
         return pl.pallas_call(
             kernel,
             out_shape=jax.tree.map(_like, left),
-            grid=(run, learning, batch * heads // run),
+            grid=(heads, batch, learning),
             in_specs=[
                 pl.BlockSpec((1,), lambda *_: (0,)),
-                *numbered((_sequence_specs(sequence), *by_head((notes, starts)))),
-                numbered(_by_token(dy)),
-                *numbered(by_head((dheld, *left))),
+                _sequence_specs(sequence),
+                *by_head((notes, starts)),
+                _by_token(dy),
+                *by_head((dheld, *left)),
             ],
-            out_specs=numbered(by_head(left)),
+            out_specs=by_head(left),
             input_output_aliases={first + place: place for place in places},
             name="memory_unlearn",
-            **_how(launch),
+            **_how(launch._replace(warps=2 * launch.warps)),
         )(jnp.reshape(i, 1), *operands, *left)
 
     nothing = jax.tree.map(jnp.zeros_like, sequence.states)
@@ -491,7 +475,7 @@ def _unlearn_kernel(
         pl.when(n >= 0)(chunk)
 
     for place, name in enumerate(plan.names):
-        pl.when(pl.program_id(1) == place)(partial(memory, place, name))
+        pl.when(pl.program_id(2) == place)(partial(memory, place, name))
 
 
 def _share(dues, parity, place):
