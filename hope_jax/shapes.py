@@ -20,10 +20,10 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: The window; a model reads `tokens[:, :-1]` and predicts `tokens[:, 1:]`.
-      starts: True where a token is the first of its document.
+      starts: True where a token is the first of its document; None where none is told apart.
       weights: How much each target counts in the loss; None where all count the same.
     """
 
     tokens: Int[Array, "B T+1"]
-    starts: Bool[Array, "B T+1"]
+    starts: Bool[Array, "B T+1"] | None
     weights: Float[Array, "B T"] | None = None

@@ -1,5 +1,7 @@
 """Sliding attention against its definition, whole and in pieces, near and far from the start."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +93,32 @@ def test_blocks_of_queries_have_the_gradient_of_all_at_once(carried):
     for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(blocks), strict=True):
         if a.dtype == q.dtype:
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("window", [5, 64])
+def test_documents_told_apart_by_features_are_those_of_a_mask(window):
+    q, k, v = draw(29)
+    starts = jnp.zeros((2, 29), bool).at[0, [4, 5, 20]].set(True).at[1, 0].set(True)
+    begin = jax.lax.cummax(jnp.where(starts, jnp.arange(29), 0), axis=1)
+
+    def by_features(q, k, v):
+        return attention._causal_in_documents(q, k, v, begin, window)
+
+    def by_mask(q, k, v):
+        y, _ = attention.sliding_attention(q, k, v, None, starts, window=window)
+        return y
+
+    turned = jax.jit(partial(attention.rotate, angle=rotary_angles(jnp.arange(29), 6, 10_000.0)))
+    found, pull = jax.vjp(lambda q, k, v: by_features(turned(q), turned(k), v), q, k, v)
+    expected, pull_expected = jax.vjp(by_mask, q, k, v)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    slope = jnp.sin(jnp.arange(found.size)).reshape(found.shape)
+    for a, b in zip(pull(slope), pull_expected(slope), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    _, dk, dv = pull(jnp.zeros_like(slope).at[0, 20:].set(1))
+    assert not dk[0, :20].any()
+    assert not dv[0, :20].any()
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hope_jax.ops.likelihood import next_token_loss
+from hope_jax.ops.likelihood import next_token_loss, weighted_loss
 
 
 def whole(hidden, unembedding, targets):
@@ -45,6 +45,25 @@ def test_chunks_change_neither_losses_nor_gradients(chunk):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_a_weighted_sum_has_the_value_and_gradients_of_the_losses(chunk):
+    hidden, unembedding, targets, weights = random_call()
+
+    def at_once(hidden, unembedding, weights):
+        return 3 * weighted_loss(hidden, unembedding, targets, weights, chunk=chunk)
+
+    def one_by_one(hidden, unembedding, weights):
+        return 3 * jnp.sum(weights * whole(hidden, unembedding, targets))
+
+    for found, expected in zip(
+        jax.tree.leaves(jax.value_and_grad(at_once, (0, 1, 2))(hidden, unembedding, weights)),
+        jax.tree.leaves(jax.value_and_grad(one_by_one, (0, 1, 2))(hidden, unembedding, weights)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 def test_second_derivatives_are_those_of_the_whole_loss():
     hidden, unembedding, targets, weights = random_call(time=7)
 
@@ -70,8 +89,15 @@ def test_bfloat16_hidden_states_are_summed_in_float32():
     )
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, exact, rtol=1e-5, atol=1e-4)
-    slopes = back(weights.astype(jnp.float32))
+    weights = weights.astype(jnp.float32)
+    slopes = back(weights)
     assert [slope.dtype for slope in slopes] == [jnp.bfloat16, jnp.float32]
+    at_once = jax.grad(lambda *call: weighted_loss(*call, targets, weights, chunk=16), (0, 1))
+    for found, expected in zip(at_once(hidden, unembedding), slopes, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(
+            found.astype(jnp.float32), expected.astype(jnp.float32), rtol=1e-2, atol=1e-4
+        )
 
 
 def test_huge_logits_stay_finite():
@@ -82,10 +108,17 @@ def test_huge_logits_stay_finite():
     assert all(jnp.isfinite(x).all() for x in (losses, *slopes))
 
 
-def test_memory_does_not_grow_with_time():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_memory_does_not_grow_with_time(at_once):
     def temporaries(time):
-        hidden, unembedding, targets, _ = random_call(batch=1, time=time, words=2000)
-        loss = jax.grad(lambda *call: next_token_loss(*call, targets, chunk=64).sum(), (0, 1))
+        hidden, unembedding, targets, weights = random_call(batch=1, time=time, words=2000)
+
+        def loss(*call):
+            if at_once:
+                return weighted_loss(*call, targets, weights, chunk=64)
+            return next_token_loss(*call, targets, chunk=64).sum()
+
+        loss = jax.grad(loss, (0, 1))
         compiled = jax.jit(loss).lower(hidden, unembedding).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 

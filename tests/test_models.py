@@ -149,10 +149,10 @@ def test_bfloat16_stays_close_to_float32(name):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(remat):
+@pytest.mark.parametrize(("remat", "unroll"), [("dots", False), ("full", True)])
+def test_neither_rematerialisation_nor_unrolled_layers_change_a_gradient(remat, unroll):
     params, learn = taught("hope")
-    same, again = teacher(replace(MODELS["hope"], remat=remat).build(seed=3))
+    same, again = teacher(replace(MODELS["hope"], remat=remat, unroll=unroll).build(seed=3))
     chex.assert_trees_all_close(again(same)[1], learn(params)[1], rtol=1e-4, atol=1e-6)
 
 

@@ -28,10 +28,19 @@ MixerConfig = (
 )
 Memory = Any  # a pytree: `BlockMemory` with the layers stacked in front
 
-REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
+"""Primitives that stand for a whole kernel: cuDNN's attention and those of this project."""
+
+
+def _is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
+    if primitive.name in KERNELS:
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *operands, **parameters
+    )
+
+
+REMAT = {"dots": _is_product, "full": jax.checkpoint_policies.nothing_saveable}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +62,11 @@ class ModelConfig:
       objective: What the weights of dense layers learn by: "dot" is the loss, "l2" makes the
         optimizer "dgd" delta gradient descent, "huber" goes with "ggd"; see `hope_jax.ops.linear`.
         All tokens of a batch count alike in it.
-      remat: What the backward pass computes again: "none", all but matrix products ("dots"), or
-        "full" (everything but the blocks' inputs).
+      remat: What the backward pass computes again: "none", all but matrix products and kernels of
+        sequence layers ("dots"), or "full" (everything but the blocks' inputs).
+      unroll: Whether layers are compiled one by one rather than as a loop. A GPU then need not copy
+        what is kept for the backward pass into and out of stacks, a tenth of a training step; to
+        compile takes longer.
     """
 
     mixer: MixerConfig
@@ -67,6 +79,7 @@ class ModelConfig:
     objective: Literal["dot", "l2", "huber"] = "dot"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    unroll: bool = False
 
     def __post_init__(self):
         for name in ("width", "layers"):
@@ -199,15 +212,39 @@ class Decoder(nnx.Module):
         self, x: Activations, memory: Memory = None, starts: Starts | None = None
     ) -> tuple[Activations, Memory]:
         """`hidden` from the embedded tokens on."""
+        if x.shape[1] == 1 and memory is not None:
+            return self._step(x, memory, starts)
 
         def layer(x, block_and_memory):
             block, memory = block_and_memory
             return block(x, memory, starts)
 
         # A policy that saves all would also save what ops mean to compute again.
-        if self.config.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[self.config.remat], prevent_cse=False)
-        x, memory = jax.lax.scan(layer, x, (self.blocks, memory))
+        remat, unroll = self.config.remat, self.config.unroll
+        if remat != "none":
+            # In a loop the forward pass is out of the compiler's sight. Outside of one it may take
+            # from there what costs it nothing, but for "full" that would be everything.
+            barrier = unroll and remat == "full"
+            layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=barrier)
+        x, memory = jax.lax.scan(layer, x, (self.blocks, memory), unroll=unroll)
+        return self.norm(x), memory
+
+    def _step(
+        self, x: Float[Array, "B 1 D"], memory: Memory, starts: Starts | None
+    ) -> tuple[Float[Array, "B 1 D"], Memory]:
+        """`tower` for one token, whose cost is memory: each layer's is changed where it lies."""
+
+        def layer(x_and_memory, block_and_index):
+            (x, memory), (block, index) = x_and_memory, block_and_index
+            own = jax.tree.map(
+                lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), memory
+            )
+            x, own = block(x, own, starts)
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=index, axis=0)
+            return (x, jax.tree.map(put, memory, own)), None
+
+        layers = self.blocks, jnp.arange(self.config.layers)
+        (x, memory), _ = jax.lax.scan(layer, (x, memory), layers, unroll=self.config.unroll)
         return self.norm(x), memory
 
     def __call__(

@@ -1,6 +1,7 @@
 """The small parts that every model is made of: parameters, norms, projections, convolution."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import sqrt
 from typing import Any, Literal
 
@@ -82,10 +83,17 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalizes in float32, answers in the dtype of `x`."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(mean + self.epsilon)
-        return (wide * self.scale[...]).astype(x.dtype)
+        return _normalize(x, self.scale[...], self.epsilon)
+
+
+# The backward pass measures `x` again: kept numbers would cost the forward one a second reading.
+@partial(jax.checkpoint, static_argnums=2)
+def _normalize(
+    x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
+) -> Float[Array, "... D"]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
 
 
 class Projections(nnx.Module):

@@ -22,6 +22,12 @@ _SCORES = 4096 * 4096
 _BLOCK = 1024
 """Queries that are taken at once where there are more scores."""
 
+_WIDEST = 128
+"""Features of a head that cuDNN takes on every GPU."""
+
+_APART = 64.0
+"""Its square outweighs every score, and its multiples up to 32 are exact in half precision."""
+
 
 class AttentionMemory(NamedTuple):
     """The last `window` keys and values; the token at position p lies in slot p modulo window.
@@ -101,8 +107,8 @@ def sliding_attention(
 
     Costs `4 H K min(T, window)` FLOPs a token. G divides H: heads in a group share keys and values.
     Where T is long, memory is linear in it: blocks of queries take turns, and their scores are
-    computed again in the backward pass. (A fused kernel, where there is one for texts without
-    documents, does the same by itself.)
+    computed again in the backward pass. (A fused kernel, where there is one for texts that begin
+    with the call, does the same by itself.)
 
     Args:
       q: Queries, before rotation.
@@ -135,8 +141,11 @@ def sliding_attention(
     after = _remember(memory, k, v, begin[:, -1], window)
     before = 0 if fresh or time == 1 else window
     small = time * (before + time) <= _SCORES
-    if fresh and starts is None and block is None and (small or _implementation(q)):
-        return _causal(q, k, v, window), after
+    if fresh and block is None:
+        if starts is None and (small or _implementation(q)):
+            return _causal(q, k, v, window), after
+        if starts is not None and _implementation(q, more=_digits(time)):
+            return _causal_in_documents(q, k, v, begin, window), after
     block = block or (time if small else _BLOCK)
     if block < time:
         if not fresh:
@@ -164,16 +173,50 @@ def sliding_attention(
     return _attend(q, seen_k, seen_v, mask), after
 
 
-def _causal(q: Array, k: Array, v: Array, window: int) -> Array:
+def _causal(q: Array, k: Array, v: Array, window: int, *, scale: float | None = None) -> Array:
     """Attention without documents or memory, by the fastest kernel there is."""
     return jax.nn.dot_product_attention(
         q,
         k,
         v,
         is_causal=True,
+        scale=scale,
         local_window_size=(window - 1, 0) if q.shape[1] > window else None,
         implementation=_implementation(q),
     )
+
+
+def _causal_in_documents(
+    q: Array, k: Array, v: Array, begin: Int[Array, "B T"], window: int
+) -> Array:
+    """`_causal` inside documents, told apart by further features of queries and keys.
+
+    A kernel that takes a mask reads and differentiates one number for each pair of tokens, and
+    cannot skip the future. Instead, the binary digits of the position at which a document began,
+    as signs, and the negative of their number add 0 to the scores inside a document and at most
+    `-2 _APART^2` to others, whose weight is then exactly 0. They come first, and what a tensor core
+    sums of them before it meets the other features is exact.
+    """
+    batch, time, _, width = q.shape
+    extra = _digits(time)
+    digits = (time - 1).bit_length()
+    signs = jnp.where((begin[..., None] >> jnp.arange(digits)) & 1, 1.0, -1.0)
+    ones = jnp.ones((batch, time, 1))
+    rest = jnp.zeros((batch, time, extra - digits - 1))
+
+    def widen(x: Array, balance: float) -> Array:
+        code = _APART * jnp.concatenate([signs, balance * ones, rest], axis=-1)
+        code = jnp.broadcast_to(code[:, :, None], (*x.shape[:3], extra)).astype(x.dtype)
+        return jnp.concatenate([code, x], axis=-1)
+
+    v = jnp.pad(v, [(0, 0)] * 3 + [(extra, 0)])
+    y = _causal(widen(q, -digits), widen(k, 1.0), v, window, scale=width**-0.5)
+    return y[..., extra:]
+
+
+def _digits(time: int) -> int:
+    """Features that tell the documents of a row apart; a tensor core sums 16 at once."""
+    return -(-((time - 1).bit_length() + 1) // 16) * 16
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Bool[Array, "B T S"]) -> Array:
@@ -252,8 +295,13 @@ def _remember(
     )
 
 
-def _implementation(q: Array) -> Literal["cudnn"] | None:
-    """CuDNN's fused attention takes half precision and head widths to 128 in steps of 8."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0 and q.shape[1] > 1
+def _implementation(q: Array, more: int = 0) -> Literal["cudnn"] | None:
+    """CuDNN's fused attention takes half precision and head widths to 128 in steps of 8.
+
+    Args:
+      q: The queries.
+      more: Features they will get.
+    """
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1] + more
+    fits = half and width <= _WIDEST and width % 8 == 0 and q.shape[1] > 1
     return "cudnn" if fits and platform() == "gpu" else None
