@@ -408,7 +408,7 @@ def _from_nothing(setting, pace, weights, tokens, together):
     whole = time // setting.chunk
     fast = _fresh(tokens.x, weights, pace).fast
     joined = _joined(setting, weights, whole, together)
-    if joined > 1:
+    if joined:
         done = whole // joined * joined
         y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined)
     else:
@@ -441,10 +441,10 @@ def _from_nothing(setting, pace, weights, tokens, together):
 
 
 def _joined(setting, weights, whole, together):
-    """How many of `whole` chunks are solved at a time; 1 where each decides on the next."""
-    if len(weights) > 1 or setting.outer is not None or setting.surprise:
-        return 1
-    return max(1, min(together // setting.chunk, whole))
+    """How many of `whole` chunks are solved at a time; 0 where the next is not linear in each."""
+    if len(weights) > 1 or setting.outer is not None or setting.surprise or not together:
+        return 0
+    return min(max(1, together // setting.chunk), whole)
 
 
 class _Decays(NamedTuple):
@@ -482,29 +482,30 @@ def _decays(pace: Pace, count: int) -> _Decays:
 
 
 class _Group(NamedTuple):
-    """What of a group of chunks does not depend on the deltas it begins with.
+    """Groups of chunks, as the recurrence from group to group meets them.
+
+    A state Z is D, or D and the momentum. It is read as `read Z`, and a group makes of it
+    `decay Z - write^T (read Z + target)`.
 
     Attributes:
-      x: The inputs h.
-      slow: What the slow weights make of them.
-      error: The errors of pairs, at deltas of zero; zero where a token is no key.
-      keys: Whether a token is the key of a pair.
-      step: The rate of its chunk over the chunk's energy; zero where it is no key.
-      document: Which document of the group a token is in.
-      mixing: `(I + L)^-1 - I`.
+      read: The inputs h, weighted by what is left of Z, and mixed.
+      write: The inputs by the shares of their pairs' errors in the move; zero where one is no key.
+      target: Errors over the gain, at a Z of zero.
+      added: What D adds to the answers at a Z of zero; None where that is nothing.
+      decay: What is left of Z after the group.
+      stay: Whether no document starts in it.
     """
 
-    x: Float[Array, "B S I"]
-    slow: Float[Array, "B S V"]
-    error: Float[Array, "B S V"]
-    keys: Bool[Array, "B S"]
-    step: Float[Array, "B S"]
-    document: Int[Array, "B S"]
-    mixing: Float[Array, "B S S"]
+    read: Float[Array, "*G B S J I"]
+    write: Float[Array, "*G B S J I"]
+    target: Float[Array, "*G B S V"]
+    added: Float[Array, "*G B S V"] | None
+    decay: Float[Array, "*G B J J"]
+    stay: Bool[Array, "*G B"]
 
 
 def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
-    """Reads groups of `joined` chunks of a linear layer, each with one triangular solve.
+    """Reads groups of `joined` chunks of a linear layer that has learned nothing yet.
 
     What D adds to the answer of token t is linear in the errors of earlier chunks. With g = 1, or 2
     where moves erase, `later` the decay from the move after a pair's chunk to t's chunk, e_s the
@@ -513,69 +514,135 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
         A_t = (what the group's first deltas and momentum add) - sum_s L_ts / g (e_s + g A_s)
         L_ts = g later step_s <h_t, h_s>     s in an earlier chunk, and the same document, as t
 
-    so `A = A' + ((I + L)^-1 - I) (A' + e / g)` with A' the first part. Overlaps and inverses of all
-    groups are computed at once; from group to group three matrix products are left. FLOPs a token
-    for groups of S tokens: 2 S (I + O) and about S^2 beside the 4 I O of chunk by chunk.
+    so `A = A' + ((I + L)^-1 - I) (A' + e / g)` with A' the first part. All but the deltas of that
+    is computed for all groups at once, and two products are left from group to group, none for the
+    first to read and none for the last to move unless its memory is asked for.
+
+    FLOPs a token: 4 I O from group to group; for groups of S > C tokens 2 S (2 I + O) beside.
+    Bytes a token beside the layer's: about 12 I + 24 O in bfloat16, and 12 I O / S of deltas.
     """
     size = joined * setting.chunk
-    gain = 2 if setting.dgd else 1
-    decays = _decays(pace, joined)
-    place = jnp.arange(size) // setting.chunk
     parts = jax.tree.map(lambda a: _chunks(a, size), tokens)
-    groups = jax.vmap(partial(_group, setting, pace, decays, gain))(parts)
-    wide = _wide(tokens.x.dtype)
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def step(carry, group):
-        delta, momentum, *counts = carry
-        x, document = group.x, group.document
-        product = partial(jnp.einsum, preferred_element_type=wide)
-        added = decays.carry[place][:, None] * product("BSI,BIO->BSO", x, delta.astype(x.dtype))
-        if momentum is not None:
-            swept = product("BSI,BIO->BSO", x, momentum.astype(x.dtype))
-            added = added + decays.swept[place][:, None] * swept
-        added = _where(document == 0, added)
-        mixed = (added + group.error / gain).astype(x.dtype)
-        added = added + product("BSD,BDO->BSO", group.mixing, mixed)
-        taught = group.error + gain * _where(group.keys, added)
-        steps = jnp.where(document == document[:, -1:], group.step, 0)
-
-        def total(shares):
-            shares = (shares[joined - 1 - place] * steps)[..., None]
-            return product("BSI,BSO->BIO", x, (shares * taught).astype(x.dtype))
-
-        kept = _rows(document[:, -1] == 0, delta)
-        new = jnp.where(kept, decays.carry[-1] * delta, 0) - total(decays.later)
-        if momentum is not None:
-            new = new + jnp.where(kept, decays.swept[-1] * momentum, 0)
-            last = jnp.where(kept, decays.momentum_carry * momentum, 0)
-            momentum = last - total(decays.momentum)
-        finite = _finite((new, momentum))
-        still = jax.tree.map(lambda a: jnp.where(kept, a, 0), carry[:2])
-        new, momentum = jax.tree.map(
-            lambda a, b: jnp.where(_rows(finite, a), a, b), (new, momentum), still
-        )
-        writes, skipped = counts
-        counts = writes + joined * finite, skipped + joined * ~finite
-        return (new, momentum, *counts), group.slow + added.astype(x.dtype)
-
-    momentum = None if fast.momentum is None else fast.momentum[0][:, 0]
-    carry = (fast.delta[0][:, 0], momentum, fast.writes, fast.skipped)
-    (delta, momentum, writes, skipped), y = jax.lax.scan(step, carry, groups)
-    y = jnp.moveaxis(y, 0, 1).reshape(len(tokens.x), -1, y.shape[-1])
+    groups = jax.vmap(partial(_group, setting, pace, joined))(parts)
+    last = jax.tree.map(lambda a: a[-1], groups)
+    said, writes = jnp.zeros_like(groups.target[:1]), 0
+    state = _nothing(last)
+    if len(groups.stay) > 1:
+        more, state, finite = _recall(*groups._replace(added=None))
+        said = jnp.concatenate([said, more])
+        writes = jnp.sum(finite, 0, dtype=jnp.int32)
+    state, finite = _next(last, state, last.target + said[-1])
+    writes = joined * (writes + finite)
+    said = said if groups.added is None else said + groups.added
+    y = jnp.moveaxis(parts.slow[:, :, :, 0] + said, 0, 1).reshape(*tokens.values.shape)
     return y, fast._replace(
-        delta=(delta[:, None],),
-        momentum=None if momentum is None else (momentum[:, None],),
-        writes=writes,
-        skipped=skipped,
+        delta=(state[:, :1],),
+        momentum=None if fast.momentum is None else (state[:, 1:],),
+        writes=fast.writes + writes,
+        skipped=fast.skipped + joined * len(groups.stay) - writes,
     )
 
 
-def _group(setting, pace, decays: _Decays, gain: int, tokens: _Tokens) -> _Group:
-    """Works out what does not depend on the deltas that a group begins with."""
+def _nothing(group: _Group) -> Float[Array, "B J I O"]:
+    """The state before the first token."""
+    shape = (len(group.read), *group.read.shape[2:], group.target.shape[-1])
+    return jnp.zeros(shape, _wide(group.read.dtype))
+
+
+def _next(group: _Group, state, taught):
+    """The state after a group, and whether the move is finite; if it is not, it is left out."""
+    step = jnp.einsum("BSJI,BSO->BJIO", group.write, taught, preferred_element_type=state.dtype)
+    new = _mix(group.decay, state) - step
+    finite = _finite(new)
+    still = jnp.where(_rows(group.stay, state), state, 0)
+    return jnp.where(_rows(finite, new), new, still), finite
+
+
+def _mix(decay: Float[Array, "B J J"], state: Float[Array, "B J I O"]):
+    """`decay state`, term by term: as a product it would be rounded."""
+    terms = range(state.shape[1])
+    return sum(decay[:, :, j, None, None] * state[:, j, None] for j in terms)
+
+
+@jax.custom_vjp
+def _recall(read, write, target, added, decay, stay):
+    """What groups but the first read of what those before them have taught.
+
+    Returns also the state before the last group's move, and which of the moves before it are
+    finite. The backward pass keeps the states that groups begin with, in the type of what is read.
+    """
+    return _recall_forward(read, write, target, added, decay, stay)[0]
+
+
+def _recall_forward(*arrays):
+    groups = _Group(*arrays)
+
+    def step(carry, index):
+        state, said = carry
+        group = jax.tree.map(lambda a: a[index], groups)
+        state, finite = _next(group, state, said + group.target)
+        kept = state.astype(group.read.dtype)
+        said = jnp.einsum("BSJI,BJIO->BSO", groups.read[index + 1], kept)
+        return (state, said), (kept, said, finite)
+
+    first = jax.tree.map(lambda a: a[0], groups)
+    carry = _nothing(first), jnp.zeros_like(first.target)
+    steps = jnp.arange(len(groups.stay) - 1)
+    (state, _), (states, said, finite) = jax.lax.scan(step, carry, steps)
+    return (said, state, finite), (groups, states, said, finite)
+
+
+def _recall_backward(kept, cotangents):
+    (read, write, target, _, decay, stay), states, said, finite = kept
+    d_said, d_state, _ = cotangents
+    dtype = read.dtype
+
+    def step(carry, index):
+        d_state, d_taught = carry
+        d_read = d_said[index] + d_taught
+        product = partial(jnp.einsum, preferred_element_type=d_state.dtype)
+        d_state = d_state + product("BSJI,BSO->BJIO", read[index + 1], d_read)
+        moved = _rows(finite[index], d_state)
+        d_new = jnp.where(moved, d_state, 0)
+        d_kept = d_new.astype(dtype)
+        d_taught = -jnp.einsum("BSJI,BJIO->BSO", write[index], d_kept)
+        still = jnp.where(~moved & _rows(stay[index], d_state), d_state, 0)
+        d_state = _mix(jnp.swapaxes(decay[index], 1, 2), d_new) + still
+        return (d_state, d_taught), (d_read, d_kept, d_taught)
+
+    carry = (d_state, jnp.zeros_like(target[0]))
+    steps = jnp.arange(len(read) - 1)
+    _, (d_read, d_new, d_taught) = jax.lax.scan(step, carry, steps, reverse=True)
+    taught = target[:-1] + jnp.concatenate([jnp.zeros_like(target[:1]), said])[:-1]
+    first, last = ((1, 0), (0, 1))
+    d_decay = jnp.sum(
+        d_new[1:, :, :, None].astype(decay.dtype) * states[:-1, :, None].astype(decay.dtype),
+        (-2, -1),
+    )
+    return (
+        _beside(jnp.einsum("GBSO,GBJIO->GBSJI", d_read, states), first),
+        _beside(-jnp.einsum("GBSO,GBJIO->GBSJI", taught, d_new), last),
+        _beside(d_taught, last),
+        None,
+        _beside(d_decay, (1, 1)),
+        None,
+    )
+
+
+_recall.defvjp(_recall_forward, _recall_backward)
+
+
+def _beside(array, groups: tuple[int, int]):
+    """Puts groups of zeros in front and behind."""
+    return jnp.pad(array, (groups, *((0, 0),) * (array.ndim - 1)))
+
+
+def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
+    """Works out what does not depend on the state that a group begins with."""
     x, slow, values, starts, _ = tokens
-    wide, chunk = _wide(x.dtype), setting.chunk
+    wide, chunk, gain = _wide(x.dtype), setting.chunk, 2 if setting.dgd else 1
     batch, size = x.shape[:2]
+    decays = _decays(pace, joined)
     index = jnp.arange(size)
     place = index // chunk
     keys = jnp.broadcast_to((index + 1) % chunk != 0, (batch, size))
@@ -583,17 +650,40 @@ def _group(setting, pace, decays: _Decays, gain: int, tokens: _Tokens) -> _Group
     if starts is not None:
         document = jnp.cumsum(starts, -1)
         keys = keys & (document == jnp.repeat(document[:, chunk - 1 :: chunk], chunk, axis=1))
-    slow = slow[:, :, 0]
-    error = _where(keys, slow.astype(wide) - jnp.roll(values, -1, axis=1).astype(wide))
+    error = slow[:, :, 0].astype(wide) - jnp.roll(values, -1, axis=1).astype(wide)
+    target = (_where(keys, error) / gain).astype(x.dtype)
     energy = jnp.sum(_where(keys, x).astype(wide) ** 2, -1).reshape(batch, -1, chunk).sum(-1)
-    step = jnp.where(keys, jnp.repeat(pace.rate / (1 + energy), chunk, axis=1), 0)
+    step = jnp.where(keys, jnp.repeat(gain * pace.rate / (1 + energy), chunk, axis=1), 0)
+
+    reads, writes = [decays.carry], [decays.later]
+    table = decays.carry[-1:, None]
+    if pace.momentum is not None:
+        reads, writes = [*reads, decays.swept], [*writes, decays.momentum]
+        ends = [decays.carry[-1], decays.swept[-1], jnp.zeros(()), decays.momentum_carry]
+        table = jnp.stack(ends).reshape(2, 2)
+    stay = document[:, -1] == 0
+    seen = jnp.where(document[..., None] == 0, jnp.stack(reads, -1)[place], 0)
+    learned = jnp.where(document == document[:, -1:], step, 0)
+    learned = learned[..., None] * jnp.stack(writes, -1)[joined - 1 - place]
+    read, write = ((a[..., None] * x[:, :, None]).astype(x.dtype) for a in (seen, learned))
+    added = None
+    if joined > 1:
+        mixing = _mixing(chunk, decays.later, x, step, document)
+        read = read + jnp.einsum("BSD,BDJI->BSJI", mixing, read)
+        added = jnp.einsum("BSD,BDO->BSO", mixing, target)
+        target = target + added
+    return _Group(read, write, target, added, _rows(stay, table[None]) * table, stay)
+
+
+def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B S S"]:
+    """Works out `(I + L)^-1 - I`, see `_together`."""
+    place = jnp.arange(x.shape[1]) // chunk
     between = place[:, None] - 1 - place
-    shares = jnp.where(between >= 0, decays.later[jnp.maximum(between, 0)], 0)
-    overlap = jnp.einsum("BSI,BDI->BSD", x, x, preferred_element_type=wide)
-    lower = gain * shares * overlap * step[:, None, :]
+    shares = jnp.where(between >= 0, later[jnp.maximum(between, 0)], 0)
+    overlap = jnp.einsum("BSI,BDI->BSD", x, x, preferred_element_type=step.dtype)
+    lower = shares * overlap * step[:, None, :]
     lower = jnp.where(document[:, :, None] == document[:, None, :], lower, 0)
-    mixing = _inverse_beside_one(lower, chunk).astype(x.dtype)
-    return _Group(x, slow, error, keys, step, document, mixing)
+    return _inverse_beside_one(lower, chunk).astype(x.dtype)
 
 
 def _inverse_beside_one(lower: Float[Array, "B S S"], chunk: int) -> Float[Array, "B S S"]:
