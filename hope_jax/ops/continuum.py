@@ -16,6 +16,9 @@ ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 TOGETHER = 512
 """Tokens whose chunks the form "together" solves at once where these are shorter."""
 
+UNROLL = 8
+"""Groups of chunks from one to the next of which there is no loop, but a kernel after the other."""
+
 Matrices = tuple[Array, ...]
 """The layers of a network, each `[P, I, O]`: P projections of one input, whose outputs are
 multiplied where there are two. Deltas have the batch in front."""
@@ -484,20 +487,20 @@ def _decays(pace: Pace, count: int) -> _Decays:
 class _Group(NamedTuple):
     """Groups of chunks, as the recurrence from group to group meets them.
 
-    A state Z is D, or D and the momentum. It is read as `read Z`, and a group makes of it
-    `decay Z - write^T (read Z + target)`.
+    A state Z is D, or D on top of the momentum. To the answers of a group it adds
+    `A = read Z + added`, and the group makes of it `decay Z - write^T (A + target)`.
 
     Attributes:
       read: The inputs h, weighted by what is left of Z, and mixed.
       write: The inputs by the shares of their pairs' errors in the move; zero where one is no key.
-      target: Errors over the gain, at a Z of zero.
+      target: Errors over the gain, without D.
       added: What D adds to the answers at a Z of zero; None where that is nothing.
       decay: What is left of Z after the group.
       stay: Whether no document starts in it.
     """
 
-    read: Float[Array, "*G B S J I"]
-    write: Float[Array, "*G B S J I"]
+    read: Float[Array, "*G B S N"]
+    write: Float[Array, "*G B S N"]
     target: Float[Array, "*G B S V"]
     added: Float[Array, "*G B S V"] | None
     decay: Float[Array, "*G B J J"]
@@ -522,19 +525,19 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
     Bytes a token beside the layer's: about 12 I + 24 O in bfloat16, and 12 I O / S of deltas.
     """
     size = joined * setting.chunk
-    parts = jax.tree.map(lambda a: _chunks(a, size), tokens)
+    following = jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    parts = jax.tree.map(lambda a: _chunks(a, size), tokens._replace(values=following))
     groups = jax.vmap(partial(_group, setting, pace, joined))(parts)
-    last = jax.tree.map(lambda a: a[-1], groups)
-    said, writes = jnp.zeros_like(groups.target[:1]), 0
-    state = _nothing(last)
+    first, last = (jax.tree.map(lambda a: a[index], groups) for index in (0, -1))
+    state, said, finite = _nothing(first)
+    said, finite = said[None], finite[None]
     if len(groups.stay) > 1:
-        more, state, finite = _recall(*groups._replace(added=None))
+        more, state, finite = _recall(*groups)
         said = jnp.concatenate([said, more])
-        writes = jnp.sum(finite, 0, dtype=jnp.int32)
-    state, finite = _next(last, state, last.target + said[-1])
-    writes = joined * (writes + finite)
-    said = said if groups.added is None else said + groups.added
+    state, end = _next(last, state, said[-1])
+    writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
     y = jnp.moveaxis(parts.slow[:, :, :, 0] + said, 0, 1).reshape(*tokens.values.shape)
+    state = state.reshape(len(state), len(last.decay[0]), -1, state.shape[-1])
     return y, fast._replace(
         delta=(state[:, :1],),
         momentum=None if fast.momentum is None else (state[:, 1:],),
@@ -543,30 +546,37 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
     )
 
 
-def _nothing(group: _Group) -> Float[Array, "B J I O"]:
-    """The state before the first token."""
-    shape = (len(group.read), *group.read.shape[2:], group.target.shape[-1])
-    return jnp.zeros(shape, _wide(group.read.dtype))
+def _nothing(group: _Group):
+    """The state before the first group, what that adds to its answers, and no moves."""
+    shape = (len(group.read), group.read.shape[-1], group.target.shape[-1])
+    said = jnp.zeros_like(group.target) if group.added is None else group.added
+    return jnp.zeros(shape, _wide(group.read.dtype)), said, jnp.zeros_like(group.stay)
 
 
-def _next(group: _Group, state, taught):
-    """The state after a group, and whether the move is finite; if it is not, it is left out."""
-    step = jnp.einsum("BSJI,BSO->BJIO", group.write, taught, preferred_element_type=state.dtype)
-    new = _mix(group.decay, state) - step
-    finite = _finite(new)
+def _next(group: _Group, state, said):
+    """The state after a group, and whether its move is finite; if it is not, it is left out."""
+    taught = said + group.target
+    largest = (jnp.sum(jnp.abs(a).astype(state.dtype), -1) for a in (group.write, taught))
+    bound = jnp.sum(jnp.multiply(*largest), -1) + jnp.sum(group.decay, (1, 2))
+    finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
+    product = partial(jnp.einsum, preferred_element_type=state.dtype)
+    new = _mix(group.decay, state) - product("BSN,BSO->BNO", group.write, taught)
     still = jnp.where(_rows(group.stay, state), state, 0)
     return jnp.where(_rows(finite, new), new, still), finite
 
 
-def _mix(decay: Float[Array, "B J J"], state: Float[Array, "B J I O"]):
+def _mix(decay: Float[Array, "B J J"], state: Float[Array, "B N O"]):
     """`decay state`, term by term: as a product it would be rounded."""
-    terms = range(state.shape[1])
-    return sum(decay[:, :, j, None, None] * state[:, j, None] for j in terms)
+    parts = jnp.split(state, decay.shape[1], axis=1)
+    rows = [
+        sum(decay[:, j, l, None, None] * z for l, z in enumerate(parts)) for j in range(len(parts))
+    ]
+    return jnp.concatenate(rows, 1)
 
 
 @jax.custom_vjp
 def _recall(read, write, target, added, decay, stay):
-    """What groups but the first read of what those before them have taught.
+    """What D adds to the answers of groups but the first.
 
     Returns also the state before the last group's move, and which of the moves before it are
     finite. The backward pass keeps the states that groups begin with, in the type of what is read.
@@ -579,57 +589,67 @@ def _recall_forward(*arrays):
 
     def step(carry, index):
         state, said = carry
-        group = jax.tree.map(lambda a: a[index], groups)
-        state, finite = _next(group, state, said + group.target)
+        group, after = (jax.tree.map(lambda a: a[i], groups) for i in (index, index + 1))
+        state, finite = _next(group, state, said)
         kept = state.astype(group.read.dtype)
-        said = jnp.einsum("BSJI,BJIO->BSO", groups.read[index + 1], kept)
+        said = jnp.einsum("BSN,BNO->BSO", after.read, kept)
+        said = said if after.added is None else said + after.added
         return (state, said), (kept, said, finite)
 
-    first = jax.tree.map(lambda a: a[0], groups)
-    carry = _nothing(first), jnp.zeros_like(first.target)
+    carry = _nothing(jax.tree.map(lambda a: a[0], groups))[:2]
     steps = jnp.arange(len(groups.stay) - 1)
-    (state, _), (states, said, finite) = jax.lax.scan(step, carry, steps)
+    (state, _), (states, said, finite) = jax.lax.scan(step, carry, steps, unroll=UNROLL)
     return (said, state, finite), (groups, states, said, finite)
 
 
 def _recall_backward(kept, cotangents):
-    (read, write, target, _, decay, stay), states, said, finite = kept
+    (read, write, target, added, decay, stay), states, said, finite = kept
     d_said, d_state, _ = cotangents
     dtype = read.dtype
 
     def step(carry, index):
         d_state, d_taught = carry
-        d_read = d_said[index] + d_taught
+        d_added = d_said[index] + d_taught
         product = partial(jnp.einsum, preferred_element_type=d_state.dtype)
-        d_state = d_state + product("BSJI,BSO->BJIO", read[index + 1], d_read)
+        d_state = d_state + product("BSN,BSO->BNO", read[index + 1], d_added)
         moved = _rows(finite[index], d_state)
         d_new = jnp.where(moved, d_state, 0)
         d_kept = d_new.astype(dtype)
-        d_taught = -jnp.einsum("BSJI,BJIO->BSO", write[index], d_kept)
+        d_taught = -jnp.einsum("BSN,BNO->BSO", write[index], d_kept)
         still = jnp.where(~moved & _rows(stay[index], d_state), d_state, 0)
         d_state = _mix(jnp.swapaxes(decay[index], 1, 2), d_new) + still
-        return (d_state, d_taught), (d_read, d_kept, d_taught)
+        return (d_state, d_taught), (d_added, d_kept, d_taught)
 
     carry = (d_state, jnp.zeros_like(target[0]))
     steps = jnp.arange(len(read) - 1)
-    _, (d_read, d_new, d_taught) = jax.lax.scan(step, carry, steps, reverse=True)
-    taught = target[:-1] + jnp.concatenate([jnp.zeros_like(target[:1]), said])[:-1]
-    first, last = ((1, 0), (0, 1))
-    d_decay = jnp.sum(
-        d_new[1:, :, :, None].astype(decay.dtype) * states[:-1, :, None].astype(decay.dtype),
-        (-2, -1),
+    _, (d_added, d_new, d_taught) = jax.lax.scan(step, carry, steps, reverse=True, unroll=UNROLL)
+    head = jnp.zeros_like(target[:1]) if added is None else added[:1]
+    taught = target[:-1] + jnp.concatenate([head, said[:-1]])
+    before, behind = ((1, 0), (0, 1))
+    if added is not None:
+        added = _beside(d_added, before).at[0].set(d_taught[0])
+    shape = (*decay.shape[2:], -1, target.shape[-1])
+    d_decay = jax.vmap(jax.vmap(_overlaps, (0, 0, None)), (0, 0, None))(
+        d_new[1:], states[:-1], decay.shape[-1]
     )
     return (
-        _beside(jnp.einsum("GBSO,GBJIO->GBSJI", d_read, states), first),
-        _beside(-jnp.einsum("GBSO,GBJIO->GBSJI", taught, d_new), last),
-        _beside(d_taught, last),
-        None,
-        _beside(d_decay, (1, 1)),
+        _beside(jnp.einsum("GBSO,GBNO->GBSN", d_added, states), before),
+        _beside(-jnp.einsum("GBSO,GBNO->GBSN", taught, d_new), behind),
+        _beside(d_taught, behind),
+        added,
+        _beside(d_decay.astype(decay.dtype), (1, 1)),
         None,
     )
 
 
 _recall.defvjp(_recall_forward, _recall_backward)
+
+
+def _overlaps(new: Float[Array, "N O"], old: Float[Array, "N O"], parts: int):
+    """The gradient of `_mix` by its table."""
+    wide = _wide(new.dtype)
+    rows, columns = (jnp.split(a.astype(wide), parts) for a in (new, old))
+    return jnp.stack([jnp.stack([jnp.sum(r * c) for c in columns]) for r in rows])
 
 
 def _beside(array, groups: tuple[int, int]):
@@ -650,7 +670,7 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     if starts is not None:
         document = jnp.cumsum(starts, -1)
         keys = keys & (document == jnp.repeat(document[:, chunk - 1 :: chunk], chunk, axis=1))
-    error = slow[:, :, 0].astype(wide) - jnp.roll(values, -1, axis=1).astype(wide)
+    error = slow[:, :, 0].astype(wide) - values.astype(wide)
     target = (_where(keys, error) / gain).astype(x.dtype)
     energy = jnp.sum(_where(keys, x).astype(wide) ** 2, -1).reshape(batch, -1, chunk).sum(-1)
     step = jnp.where(keys, jnp.repeat(gain * pace.rate / (1 + energy), chunk, axis=1), 0)
@@ -662,17 +682,22 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
         ends = [decays.carry[-1], decays.swept[-1], jnp.zeros(()), decays.momentum_carry]
         table = jnp.stack(ends).reshape(2, 2)
     stay = document[:, -1] == 0
-    seen = jnp.where(document[..., None] == 0, jnp.stack(reads, -1)[place], 0)
+    seen = jnp.where(document == 0, 1, 0)
     learned = jnp.where(document == document[:, -1:], step, 0)
-    learned = learned[..., None] * jnp.stack(writes, -1)[joined - 1 - place]
-    read, write = ((a[..., None] * x[:, :, None]).astype(x.dtype) for a in (seen, learned))
+    read = [_rows_of(seen * share[place], x) for share in reads]
+    write = [_rows_of(learned * share[joined - 1 - place], x) for share in writes]
+    read, write = jnp.concatenate(read, -1), jnp.concatenate(write, -1)
     added = None
     if joined > 1:
         mixing = _mixing(chunk, decays.later, x, step, document)
-        read = read + jnp.einsum("BSD,BDJI->BSJI", mixing, read)
+        read = read + jnp.einsum("BSD,BDN->BSN", mixing, read)
         added = jnp.einsum("BSD,BDO->BSO", mixing, target)
-        target = target + added
     return _Group(read, write, target, added, _rows(stay, table[None]) * table, stay)
+
+
+def _rows_of(shares: Float[Array, "B S"], x: Float[Array, "B S I"]) -> Float[Array, "B S I"]:
+    """Weighs tokens."""
+    return (shares[..., None] * x).astype(x.dtype)
 
 
 def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B S S"]:
