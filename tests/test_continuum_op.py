@@ -1,6 +1,6 @@
 """A level that learns in context: its forms are one function, and that is the written one."""
 
-from functools import partial
+from functools import cache, partial
 
 import chex
 import jax
@@ -46,8 +46,13 @@ def random_call(shapes="mlp", options="plain", *, starts=True, time=TIME):
     return (x, values, weights, pace), where
 
 
-def call(arrays, starts, options, form="auto", memory=None):
-    return continuum_level(*arrays, memory, starts, form=form, **OPTIONS[options])
+@cache
+def compiled(options, form="auto"):
+    return jax.jit(partial(continuum_level, form=form, **OPTIONS[options]))
+
+
+def call(arrays, starts, options, form="auto"):
+    return compiled(options, form)(*arrays, None, starts)
 
 
 def carried(arrays, options, position):
@@ -87,7 +92,7 @@ def test_forms_are_the_reference_in_values_and_gradients(shapes, options, positi
         return [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
 
     def loss(arrays, memory, form):
-        y, after = call(arrays, where, options, form, memory)
+        y, after = continuum_level(*arrays, memory, where, form=form, **OPTIONS[options])
         return jnp.sum(y * slope) + sum(jnp.sum(jnp.sin(a)) for a in floats(after)), (y, after)
 
     both = {}
@@ -143,7 +148,7 @@ def test_the_reference_is_the_equation_by_hand():
 def test_any_split_is_reading_whole(options):
     arrays, where = random_call("mlp", options)
     whole, end = call(arrays, where, options)
-    read = jax.jit(lambda *a: continuum_level(*a, **OPTIONS[options]))
+    read = compiled(options)
     x, values, weights, pace = arrays
     for parts in ((5, 1, 13), (1,) * TIME):
         at, memory, pieces = 0, carried(arrays, options, 0), []
@@ -160,10 +165,9 @@ def test_deltas_move_after_every_chunk_and_at_no_other_token():
     arrays, _ = random_call("mlp", "plain", starts=False)
     x, values, weights, pace = arrays
     memory = jax.tree.map(jnp.zeros_like, carried(arrays, "plain", 0))
-    read = jax.jit(lambda *a: continuum_level(*a, chunk=4)[1])
     for t in range(TIME):
         before = memory.fast.delta
-        memory = read(x[:, [t]], values[:, [t]], weights, pace, memory)
+        _, memory = compiled("plain")(x[:, [t]], values[:, [t]], weights, pace, memory)
         changed = [bool(jnp.any(a != b)) for a, b in zip(before, memory.fast.delta, strict=True)]
         assert changed == [(t + 1) % 4 == 0] * 2
         assert memory.fast.writes.tolist() == [(t + 1) // 4] * ROWS
@@ -192,7 +196,7 @@ def test_a_move_that_is_not_finite_is_left_out_and_counted():
 
 def test_a_chunk_that_does_not_surprise_writes_nothing():
     arrays, _ = random_call("mlp", "plain", starts=False)
-    none = continuum_level(*arrays, chunk=4, surprise=1e6)[1].fast
+    none = jax.jit(partial(continuum_level, chunk=4, surprise=1e6))(*arrays)[1].fast
     assert none.writes.tolist() == [0, 0]
     assert none.gated.tolist() == [4, 4]
     close(none.delta, jax.tree.map(jnp.zeros_like, none.delta))

@@ -80,13 +80,13 @@ def test_what_was_read_is_gone_on_from(runs, objective, tmp_path):
     after = ask(run, "perplexity", f"file={second}", "context=stream", f"memory={out}")
     assert after["tokens"] == fresh["tokens"]
     assert after["nats_per_token"] != fresh["nats_per_token"]
-    ask(run, "perplexity", f"file={second}", f"memory={out}", "batch=3")
     if objective == "next_token":
+        ask(run, "perplexity", f"file={second}", f"memory={out}", "batch=3")
         learned = ask(run, "perplexity", f"file={second}", "context=learn", f"memory={out}")
         assert learned["tokens"] == fresh["tokens"]
         assert learned["nats_per_token"] not in (fresh["nats_per_token"], after["nats_per_token"])
-    written = ask(run, "sample", "prompt=7 times", f"memory={out}", "max_tokens=4", "batch=2")
-    assert all(text.startswith("7 times") for text in written["texts"])
+        written = ask(run, "sample", "prompt=7 times", f"memory={out}", "max_tokens=4", "batch=2")
+        assert all(text.startswith("7 times") for text in written["texts"])
 
 
 def test_a_memory_is_refused_in_one_line(runs, tmp_path):
