@@ -15,7 +15,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python eval.py runs/quickstart sample
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
