@@ -1,12 +1,16 @@
 """The kernels, interpreted: the same function as the reference, in values and all gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hope_jax import sharding
+from hope_jax.ops import fused
 from hope_jax.ops.fastkv import FastKVMemory, fast_kv
+from hope_jax.ops.pallas import gpu
 from hope_jax.ops.selfref import SelfReferentialMemory, Slow, self_referential
 
 KERNEL = "pallas_triton"
@@ -80,21 +84,21 @@ def fast_kv_call(time=37, starts=None, memory=False, gates=None, keys=16, values
     return op, (q, k, v, retain, write, state)
 
 
-def values_and_gradients(op, arguments, form):
-    @jax.jit
-    def run(arguments):
-        out, pull = jax.vjp(lambda *a: op(*a, form), *arguments)
-        leaves, tree = jax.tree.flatten(out)
-        normal = normals(2)
-        cotangents = [normal(*leaf.shape).astype(leaf.dtype) for leaf in leaves]
-        return out, pull(tree.unflatten(cotangents))
+def values_and_gradients(op, form, arguments):
+    out, pull = jax.vjp(lambda *a: op(*a, form), *arguments)
+    leaves, tree = jax.tree.flatten(out)
+    normal = normals(2)
+    cotangents = [normal(*leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return out, pull(tree.unflatten(cotangents))
 
-    return run(arguments)
+
+def computed(op, arguments, form):
+    return jax.jit(partial(values_and_gradients, op, form))(arguments)
 
 
 def assert_same(op, arguments, tolerance, kernel=KERNEL):
-    expected = values_and_gradients(op, arguments, "reference")
-    got = values_and_gradients(op, arguments, kernel)
+    expected = computed(op, arguments, "reference")
+    got = computed(op, arguments, kernel)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True
     ):
@@ -152,6 +156,27 @@ def test_fast_kv_kernel_is_the_reference(case):
 
 @pytest.mark.parametrize(
     "case",
+    [
+        "goes on inside a chunk",
+        "everything adapts, own writes are read",
+        "chunk's start is read, l2, literal",
+        "no erasing, values as targets",
+        "delta",
+        "hebbian",
+    ],
+)
+def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, monkeypatch):
+    monkeypatch.setattr(fused, "platform", lambda: gpu.PLATFORM)
+    if case in SELF_REFERENTIAL:
+        op, arguments = self_referential_call(**SELF_REFERENTIAL[case])
+    else:
+        op, arguments = fast_kv_call(**FAST_KV[case])
+    traced = jax.jit(partial(values_and_gradients, op, KERNEL)).trace(arguments)
+    assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "case",
     ["shorter than a chunk", "goes on inside a chunk", "chunk's start is read, l2, literal"],
 )
 def test_self_referential_tpu_kernel_is_the_reference(case):
@@ -168,10 +193,10 @@ def test_fast_kv_tpu_kernel_is_the_reference(case):
 def test_bfloat16_tokens_keep_two_digits(time, tolerance):
     op, arguments = self_referential_call(time=time)
     arguments = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
-    expected = values_and_gradients(op, arguments, "reference")
+    expected = computed(op, arguments, "reference")
     x, slow, *rest = arguments
     rounded = (x.astype(jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), slow), *rest)
-    got = values_and_gradients(op, rounded, KERNEL)
+    got = computed(op, rounded, KERNEL)
     assert got[0][0].dtype == jnp.bfloat16
     assert got[0][1]["memory"][0].dtype == jnp.float32
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):

@@ -285,14 +285,15 @@ def unlearn(
 
 def settle(plan, view, gradients, name, state, changes):
     """Stores the gradients of one memory's matrices; `changes` come with their chunks' numbers."""
-    first, origin = 0, 0
+    first, origin = 0.0, 0.0
     for n, change in changes:
-        held = 0 if change.held is None else change.held
-        if plan.holds:
-            first += jnp.where(n == 0, held, 0)
-            held = jnp.where(n == 0, 0, held)
-        state += held
-        origin += 0 if change.origin is None else change.origin
+        if change.held is not None and plan.holds:
+            first += jnp.where(n == 0, change.held, 0)
+            state += jnp.where(n == 0, 0, change.held)
+        elif change.held is not None:
+            state += change.held
+        if change.origin is not None:
+            origin += change.origin
     _put(view, gradients.states[name], state)
     if plan.holds:
         _put(view, gradients.held[name], gradients.held[name][...] + first)
