@@ -27,3 +27,8 @@ class Batch(NamedTuple):
     tokens: Int[Array, "B T+1"]
     starts: Bool[Array, "B T+1"] | None
     weights: Float[Array, "B T"] | None = None
+
+    def shifted(self) -> tuple[Tokens, Starts | None, Tokens]:
+        """What a model reads, where documents start in that, and what it predicts."""
+        starts = None if self.starts is None else self.starts[:, :-1]
+        return self.tokens[:, :-1], starts, self.tokens[:, 1:]

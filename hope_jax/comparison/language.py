@@ -84,10 +84,9 @@ class LanguageTask:
             nats, weights = losses(graphdef, params, batch)
             found = {"loss": (jnp.sum(nats * weights), jnp.sum(weights))}
             if symbolic:  # few symbols: all their logits fit
-                logits, _ = nnx.merge(graphdef, params)(
-                    batch.tokens[:, :-1], None, batch.starts[:, :-1]
-                )
-                right = jnp.argmax(logits, -1) == batch.tokens[:, 1:]
+                inputs, starts, targets = batch.shifted()
+                logits, _ = nnx.merge(graphdef, params)(inputs, None, starts)
+                right = jnp.argmax(logits, -1) == targets
                 found["accuracy"] = jnp.sum(right * weights), jnp.sum(weights)
             return found
 

@@ -43,8 +43,9 @@ def score(
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="memory")
 def _score(graphdef: nnx.GraphDef, params: dict, batch: Batch, memory: Memory | None):
     model = nnx.merge(graphdef, params)
-    hidden, memory = model.hidden(batch.tokens[:, :-1], memory, batch.starts[:, :-1])
-    return next_token_loss(hidden, model.unembedding, batch.tokens[:, 1:]), memory
+    inputs, starts, targets = batch.shifted()
+    hidden, memory = model.hidden(inputs, memory, starts)
+    return next_token_loss(hidden, model.unembedding, targets), memory
 
 
 class Total(NamedTuple):

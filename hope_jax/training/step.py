@@ -149,10 +149,12 @@ def losses(
     return nats, jnp.ones_like(nats) if batch.weights is None else batch.weights
 
 
-def _weighted_sum(graphdef: nnx.GraphDef, params: Params, batch: Batch) -> Float[Array, ""]:
-    """The sum of `losses` times `batch.weights`; its gradient costs less than theirs."""
+def _weighted_sum(
+    graphdef: nnx.GraphDef, params: Params, batch: Batch, weights: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """The sum of `weights` times the `losses`; its gradient costs less than theirs."""
     call = _read(graphdef, params, batch)
-    sums = _on_own_tokens(lambda *call: weighted_loss(*call)[None, None], *call, batch.weights)
+    sums = _on_own_tokens(lambda *call: weighted_loss(*call)[None, None], *call, weights)
     return jnp.sum(sums)
 
 
@@ -161,9 +163,9 @@ def _read(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "vocabulary D"], Tokens]:
     """Returns what scores the targets, and the targets."""
     model = nnx.merge(graphdef, params)
-    starts = None if batch.starts is None else batch.starts[:, :-1]
-    hidden, _ = model.hidden(batch.tokens[:, :-1], starts=starts)
-    return hidden, model.unembedding, batch.tokens[:, 1:]
+    inputs, starts, targets = batch.shifted()
+    hidden, _ = model.hidden(inputs, starts=starts)
+    return hidden, model.unembedding, targets
 
 
 def _on_own_tokens(
@@ -245,13 +247,14 @@ def _mean_gradient(
 ) -> tuple[Float[Array, ""], Params]:
     """Loss and gradient of the mean over all targets, one part of the batch at a time."""
     rows, width = batch.tokens.shape
-    if batch.weights is None:
-        batch = batch._replace(weights=jnp.ones((rows, width - 1)))
-    batch = batch._replace(weights=batch.weights / jnp.sum(batch.weights))
-    loss = partial(_weighted_sum, graphdef)
+    weights = jnp.ones((rows, width - 1)) if batch.weights is None else batch.weights
+    whole = batch, weights / jnp.sum(weights)
+
+    def loss(params: Params, part: tuple[Batch, Array]) -> Float[Array, ""]:
+        return _weighted_sum(graphdef, params, *part)
 
     if accumulate == 1:
-        return jax.value_and_grad(loss)(params, batch)
+        return jax.value_and_grad(loss)(params, whole)
 
     def split(x: Array) -> Array:
         # Every part takes some rows of each device, so that none of them has to move.
@@ -261,7 +264,7 @@ def _mean_gradient(
     def add(sums, part):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, part)), None
 
-    parts = jax.tree.map(split, batch)
+    parts = jax.tree.map(split, whole)
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(jax.value_and_grad(loss), params, first)
     return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), parts)[0]
