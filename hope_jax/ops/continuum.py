@@ -493,6 +493,7 @@ class _Group(NamedTuple):
     Attributes:
       read: The inputs h, weighted by what is left of Z, and mixed.
       write: The inputs by the shares of their pairs' errors in the move; zero where one is no key.
+      size: No less than any number of a token in `write`.
       target: Errors over the gain, without D.
       added: What D adds to the answers at a Z of zero; None where that is nothing.
       decay: What is left of Z after the group.
@@ -501,6 +502,7 @@ class _Group(NamedTuple):
 
     read: Float[Array, "*G B S N"]
     write: Float[Array, "*G B S N"]
+    size: Float[Array, "*G B S"]
     target: Float[Array, "*G B S V"]
     added: Float[Array, "*G B S V"] | None
     decay: Float[Array, "*G B J J"]
@@ -528,13 +530,12 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
     following = jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0)))
     parts = jax.tree.map(lambda a: _chunks(a, size), tokens._replace(values=following))
     groups = jax.vmap(partial(_group, setting, pace, joined))(parts)
-    first, last = (jax.tree.map(lambda a: a[index], groups) for index in (0, -1))
-    state, said, finite = _nothing(first)
-    said, finite = said[None], finite[None]
+    last = _at(groups, len(groups.stay) - 1)
+    state, said, finite = (a[None] for a in _nothing(_at(groups, 0)))
     if len(groups.stay) > 1:
-        more, state, finite = _recall(*groups)
-        said = jnp.concatenate([said, more])
-    state, end = _next(last, state, said[-1])
+        more, later, finite = _recall(*groups)
+        state, said = later[None], jnp.concatenate([said, more])
+    state, end = _next(last, state[-1], said[-1])
     writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
     y = jnp.moveaxis(parts.slow[:, :, :, 0] + said, 0, 1).reshape(*tokens.values.shape)
     state = state.reshape(len(state), len(last.decay[0]), -1, state.shape[-1])
@@ -556,8 +557,8 @@ def _nothing(group: _Group):
 def _next(group: _Group, state, said):
     """The state after a group, and whether its move is finite; if it is not, it is left out."""
     taught = said + group.target
-    largest = (jnp.sum(jnp.abs(a).astype(state.dtype), -1) for a in (group.write, taught))
-    bound = jnp.sum(jnp.multiply(*largest), -1) + jnp.sum(group.decay, (1, 2))
+    largest = jnp.sum(jnp.abs(taught).astype(state.dtype), -1)
+    bound = jnp.sum(group.size * largest, -1) + jnp.sum(group.decay, (1, 2))
     finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
     product = partial(jnp.einsum, preferred_element_type=state.dtype)
     new = _mix(group.decay, state) - product("BSN,BSO->BNO", group.write, taught)
@@ -574,70 +575,75 @@ def _mix(decay: Float[Array, "B J J"], state: Float[Array, "B N O"]):
     return jnp.concatenate(rows, 1)
 
 
+def _at(groups, index):
+    """One group of many."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, False), groups)
+
+
 @jax.custom_vjp
-def _recall(read, write, target, added, decay, stay):
+def _recall(*groups):
     """What D adds to the answers of groups but the first.
 
     Returns also the state before the last group's move, and which of the moves before it are
     finite. The backward pass keeps the states that groups begin with, in the type of what is read.
     """
-    return _recall_forward(read, write, target, added, decay, stay)[0]
+    return _recall_forward(*groups)[0]
 
 
 def _recall_forward(*arrays):
     groups = _Group(*arrays)
 
-    def step(carry, index):
-        state, said = carry
-        group, after = (jax.tree.map(lambda a: a[i], groups) for i in (index, index + 1))
-        state, finite = _next(group, state, said)
-        kept = state.astype(group.read.dtype)
+    def step(carry, _):
+        # The index is carried, for one of an array would not be known where steps are unrolled.
+        index, state, said = carry
+        state, finite = _next(_at(groups, index), state, said)
+        after = _at(groups, index + 1)
+        kept = state.astype(after.read.dtype)
         said = jnp.einsum("BSN,BNO->BSO", after.read, kept)
         said = said if after.added is None else said + after.added
-        return (state, said), (kept, said, finite)
+        return (index + 1, state, said), (kept, said, finite)
 
-    carry = _nothing(jax.tree.map(lambda a: a[0], groups))[:2]
-    steps = jnp.arange(len(groups.stay) - 1)
-    (state, _), (states, said, finite) = jax.lax.scan(step, carry, steps, unroll=UNROLL)
-    return (said, state, finite), (groups, states, said, finite)
+    carry = (0, *_nothing(_at(groups, 0))[:2])
+    steps = len(groups.stay) - 1
+    carry, (states, said, finite) = jax.lax.scan(step, carry, length=steps, unroll=UNROLL)
+    return (said, carry[1], finite), (groups, states, said, finite)
 
 
 def _recall_backward(kept, cotangents):
-    (read, write, target, added, decay, stay), states, said, finite = kept
+    groups, states, said, finite = kept
     d_said, d_state, _ = cotangents
-    dtype = read.dtype
+    first, steps = _at(groups, 0), len(states)
+    said = jnp.concatenate([_nothing(first)[1][None], said])
+    product = partial(jnp.einsum, preferred_element_type=d_state.dtype)
 
-    def step(carry, index):
-        d_state, d_taught = carry
-        d_added = d_said[index] + d_taught
-        product = partial(jnp.einsum, preferred_element_type=d_state.dtype)
-        d_state = d_state + product("BSN,BSO->BNO", read[index + 1], d_added)
-        moved = _rows(finite[index], d_state)
-        d_new = jnp.where(moved, d_state, 0)
-        d_kept = d_new.astype(dtype)
-        d_taught = -jnp.einsum("BSN,BNO->BSO", write[index], d_kept)
-        still = jnp.where(~moved & _rows(stay[index], d_state), d_state, 0)
-        d_state = _mix(jnp.swapaxes(decay[index], 1, 2), d_new) + still
-        return (d_state, d_taught), (d_added, d_kept, d_taught)
+    def step(carry, _):
+        index, d_state, d_taught = carry
+        group, moved = _at(groups, index), _at(finite, index)
+        d_added = _at(d_said, index) + d_taught
+        d_read = jnp.einsum("BSO,BNO->BSN", d_added, _at(states, index))
+        d_state = d_state + product("BSN,BSO->BNO", _at(groups.read, index + 1), d_added)
+        d_new = jnp.where(_rows(moved, d_state), d_state, 0)
+        d_decay = jax.vmap(_overlaps)(d_new, _at(states, jnp.maximum(index - 1, 0)), group.decay)
+        d_move = -d_new.astype(d_read.dtype)
+        d_taught = jnp.einsum("BSN,BNO->BSO", group.write, d_move)
+        d_write = jnp.einsum("BSO,BNO->BSN", _at(said, index) + group.target, d_move)
+        still = jnp.where(_rows(~moved & group.stay, d_state), d_state, 0)
+        d_state = _mix(jnp.swapaxes(group.decay, 1, 2), d_new) + still
+        return (index - 1, d_state, d_taught), (d_read, d_write, d_taught, d_added, d_decay)
 
-    carry = (d_state, jnp.zeros_like(target[0]))
-    steps = jnp.arange(len(read) - 1)
-    _, (d_added, d_new, d_taught) = jax.lax.scan(step, carry, steps, reverse=True, unroll=UNROLL)
-    head = jnp.zeros_like(target[:1]) if added is None else added[:1]
-    taught = target[:-1] + jnp.concatenate([head, said[:-1]])
+    carry = (steps - 1, d_state, jnp.zeros_like(first.target))
+    _, slopes = jax.lax.scan(step, carry, length=steps, reverse=True, unroll=UNROLL)
+    d_read, d_write, d_taught, d_added, d_decay = slopes
     before, behind = ((1, 0), (0, 1))
-    if added is not None:
-        added = _beside(d_added, before).at[0].set(d_taught[0])
-    shape = (*decay.shape[2:], -1, target.shape[-1])
-    d_decay = jax.vmap(jax.vmap(_overlaps, (0, 0, None)), (0, 0, None))(
-        d_new[1:], states[:-1], decay.shape[-1]
-    )
+    if groups.added is not None:
+        groups = groups._replace(added=_beside(d_added, before).at[0].set(d_taught[0]))
     return (
-        _beside(jnp.einsum("GBSO,GBNO->GBSN", d_added, states), before),
-        _beside(-jnp.einsum("GBSO,GBNO->GBSN", taught, d_new), behind),
+        _beside(d_read, before),
+        _beside(d_write, behind),
+        jnp.zeros_like(groups.size),
         _beside(d_taught, behind),
-        added,
-        _beside(d_decay.astype(decay.dtype), (1, 1)),
+        groups.added,
+        _beside(d_decay[1:], (1, 1)),
         None,
     )
 
@@ -645,10 +651,9 @@ def _recall_backward(kept, cotangents):
 _recall.defvjp(_recall_forward, _recall_backward)
 
 
-def _overlaps(new: Float[Array, "N O"], old: Float[Array, "N O"], parts: int):
+def _overlaps(new: Float[Array, "N O"], old: Float[Array, "N O"], decay: Float[Array, "J J"]):
     """The gradient of `_mix` by its table."""
-    wide = _wide(new.dtype)
-    rows, columns = (jnp.split(a.astype(wide), parts) for a in (new, old))
+    rows, columns = (jnp.split(a.astype(decay.dtype), len(decay)) for a in (new, old))
     return jnp.stack([jnp.stack([jnp.sum(r * c) for c in columns]) for r in rows])
 
 
@@ -672,8 +677,9 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
         keys = keys & (document == jnp.repeat(document[:, chunk - 1 :: chunk], chunk, axis=1))
     error = slow[:, :, 0].astype(wide) - values.astype(wide)
     target = (_where(keys, error) / gain).astype(x.dtype)
-    energy = jnp.sum(_where(keys, x).astype(wide) ** 2, -1).reshape(batch, -1, chunk).sum(-1)
-    step = jnp.where(keys, jnp.repeat(gain * pace.rate / (1 + energy), chunk, axis=1), 0)
+    square = jnp.sum(_where(keys, x).astype(wide) ** 2, -1)
+    energy = jnp.repeat(square.reshape(batch, -1, chunk).sum(-1), chunk, axis=1)
+    step = jnp.where(keys, gain * pace.rate / (1 + energy), 0)
 
     reads, writes = [decays.carry], [decays.later]
     table = decays.carry[-1:, None]
@@ -684,52 +690,71 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     stay = document[:, -1] == 0
     seen = jnp.where(document == 0, 1, 0)
     learned = jnp.where(document == document[:, -1:], step, 0)
-    read = [_rows_of(seen * share[place], x) for share in reads]
-    write = [_rows_of(learned * share[joined - 1 - place], x) for share in writes]
-    read, write = jnp.concatenate(read, -1), jnp.concatenate(write, -1)
+    seen = [seen * share[place] for share in reads]
+    learned = [learned * share[joined - 1 - place] for share in writes]
+    read, write = (jnp.concatenate([_weighed(w, x) for w in ws], -1) for ws in (seen, learned))
+    size_of_write = jax.lax.stop_gradient(sum(jnp.abs(w) for w in learned) * (1 + square))
     added = None
     if joined > 1:
         mixing = _mixing(chunk, decays.later, x, step, document)
-        read = read + jnp.einsum("BSD,BDN->BSN", mixing, read)
-        added = jnp.einsum("BSD,BDO->BSO", mixing, target)
-    return _Group(read, write, target, added, _rows(stay, table[None]) * table, stay)
+        mix = partial(_mixed, mixing, chunk)
+        read, added = read + mix(read), mix(target)
+    table = _rows(stay, table[None]) * table
+    return _Group(read, write, size_of_write, target, added, table, stay)
 
 
-def _rows_of(shares: Float[Array, "B S"], x: Float[Array, "B S I"]) -> Float[Array, "B S I"]:
-    """Weighs tokens."""
+def _mixed(mixing: Float[Array, "B R R"], chunk: int, array: Float[Array, "B S N"]):
+    """`mixing` times an array: nothing for the first chunk, and nothing of the last."""
+    rest = jnp.einsum("BSD,BDN->BSN", mixing, array[:, :-chunk])
+    return jnp.pad(rest, ((0, 0), (chunk, 0), (0, 0)))
+
+
+def _weighed(shares: Float[Array, "B S"], x: Float[Array, "B S I"]) -> Float[Array, "B S I"]:
     return (shares[..., None] * x).astype(x.dtype)
 
 
-def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B S S"]:
-    """Works out `(I + L)^-1 - I`, see `_together`."""
-    place = jnp.arange(x.shape[1]) // chunk
-    between = place[:, None] - 1 - place
+def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B R R"]:
+    """Works out `(I + L)^-1 - I`, see `_together`.
+
+    Without the rows of the first chunk and the columns of the last, which are zero.
+    """
+    place = jnp.arange(x.shape[1] - chunk) // chunk
+    between = place[:, None] - place
     shares = jnp.where(between >= 0, later[jnp.maximum(between, 0)], 0)
-    overlap = jnp.einsum("BSI,BDI->BSD", x, x, preferred_element_type=step.dtype)
-    lower = shares * overlap * step[:, None, :]
-    lower = jnp.where(document[:, :, None] == document[:, None, :], lower, 0)
+    rows, columns = slice(chunk, None), slice(None, -chunk)
+    overlap = jnp.einsum(
+        "BSI,BDI->BSD", x[:, rows], x[:, columns], preferred_element_type=step.dtype
+    )
+    lower = shares * overlap * step[:, None, columns]
+    lower = jnp.where(document[:, rows, None] == document[:, None, columns], lower, 0)
     return _inverse_beside_one(lower, chunk).astype(x.dtype)
 
 
-def _inverse_beside_one(lower: Float[Array, "B S S"], chunk: int) -> Float[Array, "B S S"]:
-    """`(I + L)^-1 - I` of a matrix whose diagonal blocks of a chunk are zero.
+def _inverse_beside_one(lower: Float[Array, "B R R"], chunk: int) -> Float[Array, "B R R"]:
+    """`(I + L)^-1 - I` of a matrix L whose blocks of a chunk on and above the diagonal are zero.
 
-    The corner of `[[A, 0], [B, D]]^-1` is `-D^-1 B A^-1`: stable, where the Neumann series is not,
-    and of a single chunk's block there is nothing to invert.
+    L and the result come without their first rows of blocks and last columns, which are zero. The
+    corner of `[[A, 0], [B, D]]^-1` is `-D^-1 B A^-1`: stable, where the Neumann series is not.
     """
     size = lower.shape[-1]
-    if size == chunk:
-        return jnp.zeros_like(lower)
-    half = size // chunk // 2 * chunk
-    first = _inverse_beside_one(lower[:, :half, :half], chunk)
-    second = _inverse_beside_one(lower[:, half:, half:], chunk)
-    corner = lower[:, half:, :half]
-    if size - half > chunk:
-        corner = corner + jnp.einsum("BSD,BDE->BSE", second, corner)
+    half = (size // chunk + 1) // 2 * chunk
+    corner = lower[:, half - chunk :, :half]
+    first = second = None
+    if size > half:
+        second = _inverse_beside_one(lower[:, half:, half:], chunk)
+        corner = corner + _mixed(second, chunk, corner)
     if half > chunk:
-        corner = corner + jnp.einsum("BSD,BDE->BSE", corner, first)
-    upper = jnp.pad(first, ((0, 0), (0, 0), (0, size - half)))
-    return jnp.concatenate([upper, jnp.concatenate([-corner, second], -1)], 1)
+        first = _inverse_beside_one(lower[:, : half - chunk, : half - chunk], chunk)
+        more = jnp.einsum("BSD,BDE->BSE", corner[:, :, chunk:], first)
+        corner = corner + jnp.pad(more, ((0, 0), (0, 0), (0, chunk)))
+    result = -corner
+    if second is not None:
+        behind = jnp.pad(second, ((0, 0), (chunk, 0), (0, 0)))
+        result = jnp.concatenate([result, behind], -1)
+    if first is not None:
+        above = jnp.pad(first, ((0, 0), (0, 0), (0, size - half + chunk)))
+        result = jnp.concatenate([above, result], 1)
+    return result
 
 
 def _go_on(setting, pace, weights, tokens, memory):
