@@ -98,7 +98,7 @@ def main(path, names, rows, steps, out):
         info = hopt.describe(model.variables)
         params = step.abstract_params(model)
         ids = jax.random.randint(jax.random.key(0), (rows, window + 1), 0, 256)
-        tokens = Batch(ids, jnp.zeros((rows, window + 1), bool))
+        tokens = Batch(ids, None)
         print(f"{path}: {optax.tree.size(params):,} parameters, {rows} x {window} tokens")
         times = {}
         for name in names:
