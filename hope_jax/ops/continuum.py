@@ -705,7 +705,10 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
 
 def _mixed(mixing: Float[Array, "B R R"], chunk: int, array: Float[Array, "B S N"]):
     """`mixing` times an array: nothing for the first chunk, and nothing of the last."""
-    rest = jnp.einsum("BSD,BDN->BSN", mixing, array[:, :-chunk])
+    if array.shape[1] > 2 * chunk:  # where products with zeros are cheaper than a copy
+        mixing = jnp.pad(mixing, ((0, 0), (chunk, 0), (0, chunk)))
+        return jnp.einsum("BSD,BDN->BSN", mixing, array)
+    rest = jnp.einsum("BSD,BDN->BSN", mixing, array[:, :chunk])
     return jnp.pad(rest, ((0, 0), (chunk, 0), (0, 0)))
 
 
