@@ -1,16 +1,20 @@
 """Writes texts with needles or stories, their questions and answers, to fine-tune a model on:
 
-    python -m benchmarks.needles_data data/needles.jsonl 20000 data/wikitext2/train.txt
+    python -m benchmarks.needles_data data/needles.jsonl 30000 data/wikitext2/train.txt
 
-One JSON object a line with the field `text`: a prompt of `eval.py RUN needles`, of up to 3600
-characters, and its answers. The needles are others than those that are asked for in evaluation, and
-so should be the prose: give the training part.
+One JSON object a line with the field `text`: a prompt of `eval.py RUN needles`, its answers, and
+lines that answer the same or another question about the same text. How long a text is and how much
+is hidden and asked is drawn evenly on a logarithmic scale: beside long texts that are asked for one
+needle there are many that hold little else, from which the model learns first. The needles are
+others than those that are asked for in evaluation, and so should be the prose: give the training
+part.
 """
 
 import json
 import re
 import sys
-from itertools import cycle, islice
+from itertools import count as numbers
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +24,17 @@ from hope_jax.data.synthetic_needles import (
     NEEDLES,
     NOISE,
     STORIES,
+    Quiz,
     assemble,
     needle_quiz,
     story_quiz,
 )
 
-SIZES = 600, 3600
-TASKS = *NEEDLES, *STORIES
+SIZES = 300, 3600
+"""Characters of a document; those that do not fit what has to be said are longer."""
+HIDDEN, ASKED = 8, 16
+"""The most quizzes hidden in a text, and the most answers behind it."""
+TASKS = *NEEDLES, *3 * ("single_1", "single_2", "single_3"), "stories"
 
 
 def sentences(path: Path) -> list[str]:
@@ -36,23 +44,50 @@ def sentences(path: Path) -> list[str]:
 
 def document(number: int, prose: list[str]) -> str:
     random = np.random.default_rng((number,))
-    task = TASKS[random.integers(len(TASKS))]
-    if task in STORIES:
-        quiz, noise = story_quiz(task, random), False
+    task, size = TASKS[random.integers(len(TASKS))], between(*SIZES, random)
+    quizzes = hidden(task, size, random)
+    first, least = quizzes[0], shortest(quizzes)
+    more = ""
+    for one in random.integers(len(quizzes), size=between(1, ASKED, random) - 1):
+        line = "\n" + answered(quizzes[one], quizzes[one].question.split("? ")[-1])
+        if least + len(more) + len(line) > size:
+            break
+        more += line
+    if NEEDLES.get(task) and NEEDLES[task].text == "noise":
+        background = cycle([NOISE])
     else:
-        quiz = needle_quiz(task, random, random.random(), others=0)
-        noise = NEEDLES[task].text == "noise"
-    begin = int(random.integers(len(prose)))
-    background = cycle([NOISE]) if noise else islice(cycle(prose), begin, None)
-    least = shortest(quiz)
-    prompt = assemble(quiz, background, len, int(random.integers(least, max(*SIZES, least) + 1)))
-    return f"{prompt} {', '.join(quiz.answers)}."
+        begin = int(random.integers(len(prose)))
+        background = (prose[i % len(prose)] for i in numbers(begin))
+    facts = sorted((fact for quiz in quizzes for fact in quiz.facts), key=lambda fact: fact[0])
+    whole = first._replace(facts=tuple(facts))
+    prompt = assemble(whole, background, len, max(size - len(more), least))
+    return answered(first, prompt) + more
 
 
-def shortest(quiz) -> int:
-    """Characters that a prompt has at least: what the quiz needs beside any prose."""
-    parts = [quiz.intro, *(fact for _, fact in quiz.facts), quiz.question]
-    return max(SIZES[0], sum(len(part) + 1 for part in parts))
+def hidden(task: str, size: int, random: np.random.Generator) -> list[Quiz]:
+    """What a text holds: one story, or needles of a task, which may fill half of it."""
+    if task == "stories":
+        return [story_quiz(STORIES[random.integers(len(STORIES))], random)]
+    most = between(1, HIDDEN, random)
+    quizzes: list[Quiz] = []
+    while not quizzes or (len(quizzes) < most and shortest(quizzes) < size / 2):
+        quizzes.append(needle_quiz(task, random, random.random(), others=0))
+    return quizzes
+
+
+def between(low: int, high: int, random: np.random.Generator) -> int:
+    """A number from `low` to `high`, each octave as likely."""
+    return int(np.exp(random.uniform(np.log(low), np.log(high + 1))))
+
+
+def shortest(quizzes: list[Quiz]) -> int:
+    """Characters that a prompt has at least: what the quizzes need beside any prose."""
+    facts = [fact for quiz in quizzes for _, fact in quiz.facts]
+    return sum(len(part) + 1 for part in (quizzes[0].intro, *facts, quizzes[0].question))
+
+
+def answered(quiz: Quiz, question: str) -> str:
+    return f"{question} {', '.join(quiz.answers)}."
 
 
 def main(out: str, count: str, text: str):

@@ -229,15 +229,34 @@ def test_a_question_depends_on_its_numbers_alone(tmp_path):
     assert len({pose(task, i)[0] for task in (more, replace(more, seed=1)) for i in range(5)}) == 10
 
 
+def trained(count):
+    return [needles_data.document(number, PROSE.split(". ")) for number in range(count)]
+
+
 def test_what_is_trained_on_is_not_what_is_asked():
-    trained = [needles_data.document(number, PROSE.split(". ")) for number in range(40)]
     asked = [quiz(task, (0, place, 700, 500, 0)) for place, task in enumerate(NEEDLES)]
-    assert not any(answer in text for one in asked for answer in one.answers for text in trained)
-    texts = [text for text in trained if "magic" in text]
+    texts = "".join(trained(40))
+    assert not any(answer in texts for one in asked for answer in one.answers)
+
+
+def test_what_is_trained_on_answers_from_its_text():
+    texts = [text for text in trained(80) if "magic" in text]
+    form = r".* for (.*) mentioned in .* (?:is|are) (.*)\.$"
+    lines, single = 0, 0
     for text in texts:
-        said = re.split(r"provided text (?:is|are) ", text)[-1].removesuffix(".")
-        assert all(text.count(one) == 2 for one in said.split(", "))  # in the text, and behind it
-    assert len(texts) > 10
+        _, body, *answers = text.split("\n")
+        for line in answers:
+            asked, said = re.search(form, line).groups()
+            keys = asked.replace(" and ", ", ").split(", ")
+            found = [v for key in keys for v in re.findall(rf"for {key} is: (\S+)\.", body)]
+            assert sorted(found) == sorted(said.split(", "))
+        lines += len(answers)
+        single += len(answers) == text.count("One of the") == 1
+    assert lines > 2 * len(texts)  # much is asked of some,
+    assert single > 5  # and one needle of others, as in evaluation
+    lengths = [len(text) for text in texts]
+    assert min(lengths) < 450
+    assert max(lengths) > 2500
 
 
 def test_the_likeliest_answer_has_rank_one(tmp_path, monkeypatch):
