@@ -668,9 +668,7 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     wide, chunk, gain = _wide(x.dtype), setting.chunk, 2 if setting.dgd else 1
     batch, size = x.shape[:2]
     decays = _decays(pace, joined)
-    index = jnp.arange(size)
-    place = index // chunk
-    keys = jnp.broadcast_to((index + 1) % chunk != 0, (batch, size))
+    keys = jnp.broadcast_to((jnp.arange(size) + 1) % chunk != 0, (batch, size))
     document = jnp.zeros((batch, size), jnp.int32)
     if starts is not None:
         document = jnp.cumsum(starts, -1)
@@ -690,8 +688,9 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     stay = document[:, -1] == 0
     seen = jnp.where(document == 0, 1, 0)
     learned = jnp.where(document == document[:, -1:], step, 0)
-    seen = [seen * share[place] for share in reads]
-    learned = [learned * share[joined - 1 - place] for share in writes]
+    # Repeated, not looked up: the gradient of a look-up adds up one number after the other.
+    seen = [seen * jnp.repeat(share[:joined], chunk) for share in reads]
+    learned = [learned * jnp.repeat(share[::-1], chunk) for share in writes]
     read, write = (jnp.concatenate([_weighed(w, x) for w in ws], -1) for ws in (seen, learned))
     size_of_write = jax.lax.stop_gradient(sum(jnp.abs(w) for w in learned) * (1 + square))
     added = None
@@ -721,9 +720,10 @@ def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B R R"]:
 
     Without the rows of the first chunk and the columns of the last, which are zero.
     """
-    place = jnp.arange(x.shape[1] - chunk) // chunk
+    place = jnp.arange(x.shape[1] // chunk - 1)
     between = place[:, None] - place
     shares = jnp.where(between >= 0, later[jnp.maximum(between, 0)], 0)
+    shares = jnp.repeat(jnp.repeat(shares, chunk, 0), chunk, 1)
     rows, columns = slice(chunk, None), slice(None, -chunk)
     overlap = jnp.einsum(
         "BSI,BDI->BSD", x[:, rows], x[:, columns], preferred_element_type=step.dtype
