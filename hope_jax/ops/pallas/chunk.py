@@ -11,7 +11,9 @@ from the last chunk to the first, each memory for itself: what all are told is u
 `answer` is what tokens then gain, again for all chunks at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import add
 from typing import Literal, NamedTuple
 
 import jax
@@ -328,7 +330,9 @@ def prepare(plan: Plan, lesson: Lesson, note: Callable[[str, Array], None]) -> N
     note("pull", _settled(plan, lesson, lesson.after * lesson.key))
 
 
-def recollect(plan: Plan, tokens: Values, notes: Values, place: Place | None) -> Lesson:
+def recollect(
+    plan: Plan, tokens: Values, notes: Mapping[str, Array], place: Place | None
+) -> Lesson:
     """Puts together from notes what `recall` has to know of a lesson.
 
     Args:
@@ -419,7 +423,7 @@ def _unread(plan, lesson, place, memories, delta, dy, note):
     note("ddelta", _settled(plan, lesson, _dot(plan, shares, dy, 0, 0)))
 
 
-def push_back(plan: Plan, notes: Values, key: Array, after: Array) -> Array:
+def push_back(plan: Plan, notes: Mapping[str, Array], key: Array, after: Array) -> Array:
     """Hands the gradient of the only state through a chunk in which nothing is consulted.
 
     Args:
@@ -438,19 +442,31 @@ def push_back(plan: Plan, notes: Values, key: Array, after: Array) -> Array:
     return state - _dot(plan, notes["before"] * _erase(plan, notes) * owed, key, 0, 0)
 
 
+class Erased(NamedTuple):
+    """What a memory owes for what tokens erased.
+
+    Attributes:
+      found: What is owed along what tokens found.
+      came: The part of it that decays.
+      pairs: What is owed to each token (row) along what each (column) added.
+    """
+
+    found: Array
+    came: Array
+    pairs: Array
+
+
 class Share(NamedTuple):
     """What a memory owes to what all memories are told, or what several owe together.
 
     Attributes:
-      key: The gradient of keys, but for what `pairs` add to it.
+      key: The gradient of keys, but for what `Erased.pairs` add to it.
       value: The gradient of values.
       write: The gradient of the write gate, and with `Plan.steps` of its logarithm.
       log: The gradient of the logarithm of retention by way of the read.
       after: The gradient of the logarithm of what is left of writes at the chunk's end.
       through: The same of the first state, `[1, 1]`.
-      found: What is owed along what tokens found; None if nothing is erased.
-      came: The part of it that decays.
-      pairs: What is owed to each token (row) along what each (column) added.
+      erased: What is owed for erasing; None if nothing is erased.
     """
 
     key: Array
@@ -459,9 +475,7 @@ class Share(NamedTuple):
     log: Array
     after: Array
     through: Array
-    found: Array | None
-    came: Array | None
-    pairs: Array | None
+    erased: Erased | None
 
 
 class Change(NamedTuple):
@@ -479,7 +493,7 @@ class Change(NamedTuple):
 def unlearn(
     plan: Plan,
     tokens: Values,
-    notes: Values,
+    notes: Mapping[str, Array],
     place: Place | None,
     memories: Memories,
     name: str,
@@ -523,7 +537,7 @@ def unlearn(
     pushed = notes["after"] * _dot(plan, delta, after)
     dafter = jnp.sum(key * pushed, 1, keepdims=True)
     dthrough = notes["through"] * _total(after * memories.state(name).astype(jnp.float32))
-    if "restore" in notes:
+    if "restore" in notes and memories.origin is not None:
         origin = memories.origin(name).astype(jnp.float32)
         dthrough += notes["restore"] * _total(after * origin)
     dkey, dlog = pushed, jnp.zeros_like(dwrite)
@@ -533,18 +547,20 @@ def unlearn(
         dkey += _unconsult(plan, place, memories, name, derror)
     if name == "memory" and "dkey" in notes:
         dkey, dlog = dkey + notes["dkey"], notes["dlog"]
-    found = came = pairs = None
+    erased = None
     if plan.erases != "nothing":
         decaying, resting = _unfound(plan, notes, memories, name, owed)
         came = jnp.sum(key * decaying, 1, keepdims=True)
         found = jnp.sum(key * (decaying + resting), 1, keepdims=True)
         dkey -= _erase(plan, notes) * (decaying + resting)
-        pairs = _dot(plan, owed, delta, 1, 1)
-    share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, found, came, pairs)
+        erased = Erased(found, came, _dot(plan, owed, delta, 1, 1))
+    share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, erased)
     return share, *_settle(plan, notes, place, name, key, after, owed, asked)
 
 
-def charge(plan: Plan, tokens: Values, notes: Values, place: Place | None, share: Share) -> Values:
+def charge(
+    plan: Plan, tokens: Values, notes: Mapping[str, Array], place: Place | None, share: Share
+) -> Values:
     """Undoes what tokens said to memories as far as it is in proportion to what is owed.
 
     Args:
@@ -561,14 +577,15 @@ def charge(plan: Plan, tokens: Values, notes: Values, place: Place | None, share
     key = _said(tokens, notes)["k"]
     dkey, dwrite, dlog = share.key, share.write, share.log
     derase, dbefore, spans = 0.0, None, None
-    if plan.erases != "nothing":
+    if share.erased is not None:
+        found, came, pairs = share.erased
         erase = _erase(plan, notes)
-        pairs = share.pairs * _decay(plan, place, notes["arrival"], notes["departure"])
+        pairs *= _decay(plan, place, notes["arrival"], notes["departure"])
         dkey -= erase * _dot(plan, pairs, key)
         dkey -= _dot(plan, erase * pairs, key, 0, 0)
         spans = pairs * _dot(plan, key, key, 1, 1)
-        derase = -share.found - jnp.sum(spans, 1, keepdims=True)
-        dbefore, spans = -erase * share.came, -erase * spans
+        derase = -found - jnp.sum(spans, 1, keepdims=True)
+        dbefore, spans = -erase * came, -erase * spans
     dlog += _undecay(plan, place, dbefore, share.after, share.through, spans)
     if plan.erases == "state" and not plan.steps:
         dwrite += derase
@@ -602,7 +619,7 @@ def blame(plan: Plan, place: Place | None, slope: Array, x: Array) -> Change:
 def answer(
     plan: Plan,
     tokens: Values,
-    notes: Values,
+    notes: Mapping[str, Array],
     place: Place | None,
     memories: Memories,
     slopes: Values,
@@ -625,9 +642,8 @@ def answer(
         asked = {name: slope for name, slope in slopes.items() if name in plan.names}
         if "q" in plan.memories:
             asked["q"] = notes["dquery"]
-        dtokens["x"] = sum(
-            _unconsult(plan, place, memories, name, slope) for name, slope in asked.items()
-        )
+        gains = [_unconsult(plan, place, memories, *of_one) for of_one in asked.items()]
+        dtokens["x"] = reduce(add, gains)
     return dtokens
 
 

@@ -442,25 +442,29 @@ def _unlearn_kernel(
     done, count = number[0], dy.shape[0] // plan.chunk
     n, late = count - 1 - done, jnp.minimum(count - done, count - 1)
 
-    def memory(place, name):
+    def collect(name):
         said = [x for x in slopes if x == name or (name == "memory" and x not in plan.names)]
+        if not said:
+            return Change(None, None)
         owed = [_share(dues, (done + 1) & 1, place) for place in range(len(plan.names))]
-        after = gradients.states[name][...]
-        page = _look(plan, view, sequence, starts, jnp.maximum(n, 0), notes)
-        before = _look(plan, view, sequence, starts, late, notes)
         whole = jax.tree.map(lambda *shares: sum(shares), *owed)
-        slope = chunks.charge(plan, *before[:3], whole)
+        page = _look(plan, view, sequence, starts, late, notes)
+        slope = chunks.charge(plan, *page[:3], whole)
         for x in said:
             rows = slopes[x].at[late]
             rows[...] = slope[x].reshape(rows.shape).astype(rows.dtype)
-        answers = Change(None, None)
-        if name in slopes:
-            answers = chunks.blame(plan, before.place, slope[name], before.tokens["x"])
+        if name not in slopes:
+            return Change(None, None)
+        return chunks.blame(plan, page.place, slope[name], page.tokens["x"])
+
+    def memory(place, name):
+        after, answers = gradients.states[name][...], collect(name)
 
         def last():
             walk.settle(plan, view, gradients, name, after, [(n + 1, answers)])
 
         def chunk():
+            page = _look(plan, view, sequence, starts, n, notes)
             whole = after if answers.held is None else after + answers.held
             share, state, change = walk.unlearn(
                 plan, view, sequence, page, dy, dends_held, n, name, whole

@@ -15,6 +15,7 @@ from hope_jax.ops.pallas import chunk as chunks
 from hope_jax.ops.pallas.chunk import (
     GATE_ROWS,
     Change,
+    Erased,
     Lesson,
     Memories,
     Place,
@@ -99,7 +100,7 @@ def shapes_of_notes(
     }
 
 
-def shapes_of_slopes(plan: Plan, keys: int, values: int) -> Values:
+def shapes_of_slopes(plan: Plan, keys: int, values: int) -> dict[str, jax.ShapeDtypeStruct]:
     """What `chunk.charge` returns of a chunk, by name; columns as vectors."""
     wide = {"k": keys, "v": values}
     shapes = {n: jax.ShapeDtypeStruct((plan.chunk, w), plan.operand) for n, w in wide.items()}
@@ -110,17 +111,17 @@ def shapes_of_slopes(plan: Plan, keys: int, values: int) -> Values:
 
 
 def shapes_of_share(plan: Plan, keys: int, values: int) -> Share:
-    """What `chunk.unlearn` returns as a share of a chunk; columns as vectors."""
+    """What `chunk.unlearn` returns as a share of a chunk, shapes for arrays; columns as vectors."""
 
-    def rows(width):
-        return jax.ShapeDtypeStruct((plan.chunk, width), plan.operand)
+    def rows(*widths, dtype=jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct((plan.chunk, *widths), dtype)
 
-    column = jax.ShapeDtypeStruct((plan.chunk,), jnp.float32)
-    found = came = pairs = None
-    if plan.erases != "nothing":
-        found, came, pairs = column, column, rows(plan.chunk)
-    through = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    return Share(rows(keys), rows(values), column, column, column, through, found, came, pairs)
+    def tile(width):
+        return rows(width, dtype=plan.operand)
+
+    erased = None if plan.erases == "nothing" else Erased(rows(), rows(), tile(plan.chunk))
+    number: Any = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    return Share(tile(keys), tile(values), rows(), rows(), rows(), number, erased)
 
 
 class Page(NamedTuple):
@@ -226,7 +227,7 @@ def prepare(plan, view, sequence, starts, n, note) -> Lesson:
     return lesson
 
 
-def recall(plan, view, page, dy, n, name, lesson, note):
+def recall(plan, view, page: Page, dy, n, name, lesson, note):
     """Takes notes of what one memory learned from chunk n; see `chunk.recall`."""
     grad = dy[view.rows(n)] if name == "memory" else None
     if page.place is not None and grad is not None:
@@ -261,7 +262,7 @@ class Gradients(NamedTuple):
 
 
 def unlearn(
-    plan, view, sequence, page, dy, dends_held, n, name, after
+    plan, view, sequence, page: Page, dy, dends_held, n, name, after
 ) -> tuple[Share, Array, Change]:
     """Hands the gradient of one memory after chunk n back through it; see `chunk.unlearn`.
 
@@ -272,7 +273,7 @@ def unlearn(
         grad = dy[view.rows(n)]
         grad = grad if place is None else jnp.where(place.live, grad, 0)
     share, state, change = chunks.unlearn(plan, *page, name, after, grad)
-    if plan.holds:
+    if plan.holds and place is not None:
         ending = jnp.where(n == sequence.final[0], dends_held[name][...], 0)
         held = jnp.where(place.last > 0, 0, ending)
         held = held if change.held is None else held + change.held
@@ -301,7 +302,7 @@ def settle(plan, view, gradients, name, state, changes):
         _put(view, gradients.origins[name], gradients.origins[name][...] + origin)
 
 
-def answer(plan, view, page, n, slopes, dtokens):
+def answer(plan, view, page: Page, n, slopes, dtokens):
     """Stores what the tokens of chunk n gain."""
     rows = view.rows(n)
     gains = chunks.answer(plan, *page, slopes)
