@@ -86,9 +86,9 @@ CASES = [
 def test_forms_are_the_reference_in_values_and_gradients(
     shapes, options, position, starts, monkeypatch
 ):
-    linear = shapes == "linear"  # six groups of a chunk, or three of two, and three tokens
-    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 4 if options == "plain" else 8)
-    arrays, where = random_call(shapes, options, starts=starts, time=27 if linear else TIME)
+    linear = shapes == "linear"  # twelve groups of a chunk, or three of four, and three tokens
+    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 4 if options == "plain" else 16)
+    arrays, where = random_call(shapes, options, starts=starts, time=51 if linear else TIME)
     memory = None if position is None else carried(arrays, options, position)
     slope = jnp.asarray(np.random.default_rng(2).normal(size=arrays[1].shape))
 
