@@ -70,6 +70,7 @@ def carried(arrays, options, position):
 CASES = [
     ("linear", "plain", None, False),
     ("linear", "plain", None, True),
+    ("linear", "erasing", None, False),
     ("linear", "erasing", None, True),
     ("linear", "nested", 5, True),
     ("mlp", "plain", None, True),
