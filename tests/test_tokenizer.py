@@ -107,6 +107,15 @@ def test_learning_is_deterministic_whatever_the_order_of_the_documents():
         assert config.build(CODE).fingerprint == config.build(CODE[::-1]).fingerprint
 
 
+def test_pieces_hold_one_digit_or_as_many_as_are_asked_for():
+    texts = [f"number {1234 * i} and {1234 * i}." for i in range(1, 50)]
+    for split, vocabulary in ((True, 290), (False, 320)):
+        learned = SentencePieceConfig(vocabulary=vocabulary, split_digits=split).build(texts)
+        pieces = [learned.decode([i]) for i in learned.encode(" 1234 1234")]
+        assert "".join(pieces) == " 1234 1234"
+        assert (max(sum(map(str.isdigit, piece)) for piece in pieces) == 1) == split
+
+
 def test_a_sample_is_no_larger_than_asked():
     for budget in (1, 999, 10_000, len("".join(CODE).encode()) - 1):
         sample = "".join(tokenizer._sample(CODE, budget)).encode()

@@ -106,12 +106,15 @@ class SentencePieceConfig:
       vocabulary: The number of ids; for a `model` it has to be that of the file.
       model: An existing model file; None learns one from the training split.
       sample_bytes: At most this much text is learned from, drawn evenly over the documents.
+      split_digits: Whether learned pieces hold one digit at most. Numbers of few pieces are easier
+        to copy, of many easier to reckon with.
     """
 
     kind: Literal["sentencepiece"] = "sentencepiece"
     vocabulary: int = 4096
     model: str | None = None
     sample_bytes: int = 10_000_000
+    split_digits: bool = True
 
     def __post_init__(self):
         if self.vocabulary < 260:
@@ -135,7 +138,7 @@ class SentencePieceConfig:
         """
         if self.model is None:
             sample = _sample(texts, self.sample_bytes)
-            return SentencePiece(_learn(_lines(sample), self.vocabulary))
+            return SentencePiece(_learn(_lines(sample), self.vocabulary, self.split_digits))
         path = Path(self.model).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer model {str(path)!r} is not a file")
@@ -408,7 +411,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + 1000]
 
 
-def _learn(sentences: Iterator[str], vocabulary: int) -> bytes:
+def _learn(sentences: Iterator[str], vocabulary: int, split_digits: bool) -> bytes:
     """Returns the bytes of a new model."""
     import sentencepiece
 
@@ -424,7 +427,7 @@ def _learn(sentences: Iterator[str], vocabulary: int) -> bytes:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            split_digits=True,
+            split_digits=split_digits,
             unk_id=0,
             bos_id=1,
             eos_id=-1,
