@@ -1,22 +1,28 @@
-"""Runs matrix memories over a sequence on a GPU: one program per row and head, through Triton.
+"""Runs matrix memories over a sequence on a GPU, through Triton.
 
-A program goes through the whole sequence, so that the scan over chunks is one launch. The states
-lie in memory that it alone writes, and which the caches hold: registers would overflow. With
-fewer programs than multiprocessors the rest of the chip idles: batch x heads should be at least
-their number.
+Forward, one program for each row and head goes through the whole sequence, so that the scan over
+chunks is one launch. The states lie in memory that it alone writes, and which the caches hold:
+registers would overflow. With fewer programs than multiprocessors the rest of the chip idles:
+batch x heads should be at least their number. Backward, each memory of a head has a program of its
+own: for all chunks at once, and where gradients go from chunk to chunk in a launch for each.
 
 Cost for each token of a head of five adaptive memories (k, v, memory, eta, alpha), with 64
 features, chunks of 64 and bfloat16 (a product of two 64 x 64 matrices is 8,192 FLOPs a token):
 
-    forward    34 products, 0.28 MFLOPs;    0.4 kB read and written, as much again for `backward`
-    prepare    39 products, 0.32 MFLOPs;    2.3 kB
-    unlearn    45 products, 0.37 MFLOPs;    2.8 kB
+    forward    34 products, 0.27 MFLOPs;    0.4 kB read and written, as much again for `backward`
+    prepare    14 products, 0.12 MFLOPs;    1.0 kB
+    recall     23 products, 0.19 MFLOPs;    3.0 kB
+    unlearn    24 products, 0.20 MFLOPs;    9 kB, most of it in the second cache
+    answer      2 products, 0.02 MFLOPs;    1.1 kB
 
-On an H100 the arithmetic of a batch of 8 x 4,096 tokens with 16 heads is 0.5 ms and the traffic
-0.9 ms at best. What is measured is 1.7, 2.6 and 8.8 ms: registers spill, above all in `unlearn`,
-where some 380 addresses and descriptors of operands that do not change from chunk to chunk are
-held through the loop. Neither twice the warps (products are doubled, not shared) nor all memories
-stacked into one matrix of 256 rows (11.2 ms) made it faster.
+The arithmetic of a batch of 8 x 4,096 tokens with 16 heads is 0.5 ms of an H100 and the traffic
+from memory 1.2 ms. What is measured there is 1.5 ms forward (1.7 with what `backward` needs), 0.8,
+0.8 and 5.9 ms. A launch of `unlearn` takes 90 us. Its programs have all 255 registers a thread, so
+that one fits a multiprocessor, in four waves; a warp then issues an instruction every 9.6 cycles,
+of which it waits 3.1 for memory, 1.4 at barriers and 1.3 for instructions. With half the warps two
+fit, which takes 103 us; with matrices and notes all read before anything is computed, the same.
+Neither gradients of tokens summed in float32, nor programs numbered so that a multiprocessor has
+those of one memory alone (120 us), nor all memories stacked into one matrix of 256 rows helped.
 """
 
 from functools import partial
@@ -119,9 +125,9 @@ def backward(
 ) -> tuple[Values, Values, Values | None, Values | None, Array | None]:
     """Hands gradients back through a sequence.
 
-    Three launches where nothing that tokens bring depends on states, as for fixed keys and
-    values: `prepare` for all chunks at once, the recurrence of the states' gradient, the rest for
-    all chunks at once. Otherwise the rest needs the recurrence and is needed by it: two launches.
+    After `prepare` and `recall` for all chunks at once: where nothing that tokens bring depends on
+    states, as for fixed keys and values, the recurrence of the states' gradient, then the rest for
+    all chunks at once. Otherwise the rest needs the recurrence and is needed by it: `_unlearn`.
 
     Args:
       plan: What was computed.
