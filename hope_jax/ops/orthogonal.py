@@ -27,7 +27,7 @@ def newton_schulz(
 ) -> Float[Array, "*stack rows columns"]:
     """Replaces the singular values of each matrix by numbers between 0.7 and 1.2.
 
-    Five times, with `a, b, c` from `POLYNOMIALS`:
+    Five times, with `a, b, c` from `POLYNOMIALS` (in a loop, so that few products are compiled):
 
         X <- a X + (b A + c A^2) X,    A = X X^T
 
@@ -63,11 +63,18 @@ def newton_schulz(
     square = times(gram, gram)
     bound = _largest_eigenvalue(times(square, square)) ** (1 / 8)
     wide, gram, square = _divide(wide, bound), _divide(gram, bound**2), _divide(square, bound**4)
-    for step, (a, b, c) in enumerate(POLYNOMIALS):
-        if step > 0:
-            gram = times(wide, wide.mT)
-            square = times(gram, gram)
-        wide = a * wide + times(b * gram + c * square, wide)
+
+    def polynomial(wide, gram, square, factors):
+        a, b, c = factors
+        return a * wide + times(b * gram + c * square, wide)
+
+    def step(wide, factors):
+        gram = times(wide, wide.mT)
+        return polynomial(wide, gram, times(gram, gram), factors), None
+
+    first, *others = POLYNOMIALS
+    factors = tuple(jnp.array(column, wide.dtype) for column in zip(*others, strict=True))
+    wide, _ = jax.lax.scan(step, polynomial(wide, gram, square, first), factors)
     return (wide.mT if tall else wide).astype(x.dtype)
 
 
