@@ -52,7 +52,7 @@ def test_any_split_is_reading_whole(name):
     layer, (x, starts) = build(name), draw()
     whole, end = jax.jit(layer)(x, None, starts)
     call = jax.jit(lambda x, memory, starts: layer(x, memory, starts))
-    memory, pieces, at = layer.initial_memory(ROWS, jnp.float32), [], 0
+    memory, pieces, at = layer.initial_memory(ROWS, jnp.dtype("float32")), [], 0
     for part in (7, 1, 1, 1, 7, 1, 1):
         cut = slice(at, at + part)
         y, memory = call(x[:, cut], memory, starts[:, cut])
@@ -136,7 +136,7 @@ def test_deltas_are_as_large_as_they_are_said_to_be(adapt):
     settings = ContinuumConfig(levels=levels, adapt=adapt)
     layer = settings.build(WIDTH, depth=1, epsilon=1e-6, key=jax.random.key(0))
     for level, memory, copies in zip(
-        levels, layer.initial_memory(1, jnp.float32), (2, 3), strict=True
+        levels, layer.initial_memory(1, jnp.dtype("float32")), (2, 3), strict=True
     ):
         moving = (1 if adapt == "output" else 2) * WIDTH * level.hidden
         matrices = [leaf.size for leaf in jax.tree.leaves(memory.fast) if leaf.ndim > 1]

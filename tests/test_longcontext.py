@@ -111,7 +111,7 @@ def test_lengths_are_read_as_people_write_them():
 
 
 def test_places_are_counted_by_powers_of_two():
-    state = State().add(np.ones(3), np.ones(3)).add(np.full(4, 2.0), np.array([1, 0, 1, 1]))
+    state = State().add(np.ones(3), np.ones(3)).add(np.full(4, 2.0), np.array([1.0, 0.0, 1.0, 1.0]))
     assert state.position == 7
     assert state.targets[:4].tolist() == [1, 2, 3, 0]
     assert state.nats[:4].tolist() == [1, 2, 6, 0]

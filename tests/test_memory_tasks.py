@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -128,7 +129,7 @@ def test_memories_are_drawn(runs, objective):
 def test_likeness_is_one_with_itself_and_zero_without_common_features():
     def level(rows):
         memory = fresh_level(
-            (np.zeros((1, 3, 4), np.float32),), 3, 1, np.float32, momentum=False, outer=False
+            (jnp.zeros((1, 3, 4)),), 3, 1, jnp.dtype("float32"), momentum=False, outer=False
         )
         memory = memory._replace(fast=memory.fast._replace(delta=(rows[None, None, None],)))
         return memory._replace(position=memory.position[None])

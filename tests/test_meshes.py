@@ -97,7 +97,9 @@ def test_tokens_split_over_devices_are_read_as_on_one(how):
         memory, found = None, []
         for piece in pieces:
             read = nnx.merge(graphdef, params)
-            logits, memory = read(tokens[:, piece], memory, starts[:, piece])
+            logits, memory = read(
+                jnp.asarray(tokens[:, piece]), memory, jnp.asarray(starts[:, piece])
+            )
             found.append(logits)
         logits = jnp.concatenate(found, 1)
         return jnp.mean(jnp.sin(logits) ** 2), logits
@@ -217,7 +219,7 @@ def test_a_kernel_is_launched_by_each_device_for_its_own_rows_and_heads():
         model = replace(HOPE, layers=1, mixer=replace(mixer, form=form)).build(seed=0)
         graphdef, params = nnx.split(model, nnx.Param)
         params = jax.tree.map(np.asarray, nnx.to_pure_dict(params))
-        return jax.jit(lambda params: nnx.merge(graphdef, params)(tokens)[0])(params)
+        return jax.jit(lambda params: nnx.merge(graphdef, params)(jnp.asarray(tokens))[0])(params)
 
     whole = read("chunked")
     with sharding.use(MeshConfig(data=2, tensor=2).build(jax.devices()[:4])):

@@ -202,7 +202,7 @@ def test_a_fresh_memory_lasts(name):
     else:
         at = layer.frame.gate_names.index("write")
         layer.frame.gates.bias[...] = layer.frame.gates.bias[...].at[at].set(-30.0)
-    before = layer.initial_memory(1, jnp.float32)
+    before = layer.initial_memory(1, jnp.dtype("float32"))
     x = jax.random.normal(jax.random.key(1), (1, 50, 16))
 
     def of_interest(state):  # the gates' own memories say how to forget: they stay as they are

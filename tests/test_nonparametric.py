@@ -29,7 +29,7 @@ def draw():
 def test_any_split_is_reading_whole():
     layer, (x, starts) = build(), draw()
     whole, end = layer(x, None, starts)
-    memory, pieces = layer.initial_memory(2, jnp.float32), []
+    memory, pieces = layer.initial_memory(2, jnp.dtype("float32")), []
     for cut in (slice(0, 7), slice(7, 8), slice(8, TIME)):
         y, memory = layer(x[:, cut], memory, starts[:, cut])
         pieces.append(y)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -38,7 +39,8 @@ def load(folder, stacking=ONE):
 
 def answer(model, tokens):
     graphdef, params = nnx.split(model, nnx.Param)
-    return jax.jit(lambda params: nnx.merge(graphdef, params)(tokens.astype(np.int32))[0])(params)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    return jax.jit(lambda params: nnx.merge(graphdef, params)(tokens)[0])(params)
 
 
 def leaves(model):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hope_jax.models.decoder import Decoder
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig
 
 CONTINUUM = ContinuumConfig(levels=(LevelConfig(hidden=1),))
@@ -28,7 +29,7 @@ class ToyMemory(NamedTuple):
     position: jax.Array
 
 
-class Toy(nnx.Module):
+class Toy(Decoder):
     """A recurrent network whose slow half moves every `period` tokens, so that phase matters.
 
     `traces` counts how often the class was traced or run.

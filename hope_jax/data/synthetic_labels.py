@@ -1,6 +1,6 @@
 """Made-up examples with a label at each position, for what next-token prediction cannot ask."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -41,6 +41,7 @@ class About(NamedTuple):
     summary: bool = False
 
 
+@runtime_checkable
 class LabelledTask(Protocol):
     """The settings of a task, a frozen dataclass that makes examples."""
 

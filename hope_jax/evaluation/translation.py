@@ -1,6 +1,7 @@
 """Languages that are learned from a manual while it is read: one alone, and two in a row."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class Translation:
         return said
 
 
-def chrf(said: list[str], references: list[str], *, beta: float = 2.0) -> float:
+def chrf(said: Sequence[str], references: Sequence[str], *, beta: float = 2.0) -> float:
     """The character n-gram F-score of a corpus, in per cent.
 
     Pieces of one to six characters are counted without white space, over all texts together; the

@@ -85,6 +85,6 @@ def _rows(memory: Memory | Reading) -> int:
     return next(leaf.shape[1] for leaf in jax.tree.leaves(tower) if leaf.ndim > 1)
 
 
-def _named(tree: object) -> dict[str, jax.Array]:
+def _named(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path): leaf for path, leaf in paths}

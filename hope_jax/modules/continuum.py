@@ -507,7 +507,7 @@ class ContinuumMemory(nnx.Module):
             return [*self.levels[1:], None]
         return [None] * len(self.levels)
 
-    def _shared_out(self, x: Activations) -> list[Activations]:
+    def _shared_out(self, x: Activations) -> list[Float[Array, "B T part"]]:
         """What each level sees of features: all, or its share in a headwise continuum."""
         if self.config.variant == "headwise":
             return jnp.split(x, len(self.levels), axis=-1)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
 Role = Literal["matrix", "vector", "embedding", "memory_init"]
 
@@ -109,7 +109,7 @@ def decay_mask(tree: PyTree, info: PyTree[ParamInfo] | None) -> PyTree[bool]:
     return with_info(lambda i, _: i.role == "matrix", tree, info=info)
 
 
-def to_matrices(info: ParamInfo, x: Array) -> Float[Array, "... out in"]:
+def to_matrices(info: ParamInfo, x: Array) -> Num[Array, "... out in"]:
     """Views a parameter as matrices that map inputs to outputs.
 
     What is no matrix becomes rows (1, in), one for each vector of an embedding and for each layer

@@ -77,7 +77,7 @@ class Anchor(NamedTuple):
 
 def plan(
     train: Classes,
-    groups: Sequence[Int[np.ndarray, " C"]],
+    groups: Sequence[Int[np.ndarray, " _"]],
     method: Method,
     *,
     steps: int,
@@ -188,7 +188,7 @@ def learn(
     classifier: Classifier,
     optimizer: OptimizerConfig,
     data: tuple[Classes, Classes],
-    groups: Sequence[Sequence[Int[np.ndarray, " C"]]],
+    groups: Sequence[Sequence[Int[np.ndarray, " _"]]],
     plans: Sequence[Plan],
     *,
     reset: bool,
