@@ -21,7 +21,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes many small objects that live: looking through them so often is a quarter of it.
 gc.freeze()
-gc.set_threshold(20_000, 50, 50)
+gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture
