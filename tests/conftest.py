@@ -1,4 +1,4 @@
-"""Puts the tests on eight virtual CPU devices, and offers float64 to those that ask."""
+"""Puts the tests on eight virtual CPU devices, checks types, and offers float64 to who asks."""
 
 import gc
 import os
@@ -17,7 +17,10 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
+# What is imported from here on says which shapes and types it takes, and is held to that.
+install_import_hook("hope_jax", "typed.checked")
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes many small objects that live: looking through them so often is a quarter of it.
 gc.freeze()
