@@ -25,6 +25,7 @@ HOPE = replace(
 )
 MESHES = {
     "8x1": MeshConfig(data=8),
+    "4x2": MeshConfig(data=4, fsdp=2),
     "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
     "1x8": MeshConfig(data=1, fsdp=8),
 }
