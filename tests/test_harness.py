@@ -106,6 +106,24 @@ def test_generation_ends_where_it_should():
     assert cut == whole[0][: whole[0].index(end)]
 
 
+def interrupt_after(count, monkeypatch):
+    """Interrupts a model once after so many batches; returns the list of how many rows each had."""
+    from hope_jax.evaluation.harness_model import HarnessModel
+
+    judge, calls = HarnessModel._judge, []
+
+    def interrupted(self, tokens, scored):
+        if len(calls) == count and not monkeypatch.happened:
+            monkeypatch.happened = True
+            raise KeyboardInterrupt
+        calls.append(int(np.sum(scored.any(-1))))
+        return judge(self, tokens, scored)
+
+    monkeypatch.happened = False
+    monkeypatch.setattr(HarnessModel, "_judge", interrupted)
+    return calls
+
+
 @needs_harness
 def test_tasks_of_local_files_are_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
@@ -121,8 +139,12 @@ def test_tasks_of_local_files_are_asked(tmp_path, monkeypatch):
     ):
         settings = TASK.format(name=name, file=file, kind=kind, more=more)
         (tmp_path / f"{name}.yaml").write_text(settings)
-    task = Harness(tasks="mine, mine_rolling", include=str(tmp_path))
+    task = Harness(tasks="mine, mine_rolling", include=str(tmp_path), batch=4)
+    calls = interrupt_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        task.run(subject()._replace(folder=tmp_path))
     found = task.run(subject()._replace(folder=tmp_path))
+    assert calls == [4, 4, 4, 4, 2]  # each of six questions' two answers and of six texts once
     assert "mine/acc" in (tmp_path / "harness.html").read_text()
     right = [
         int(np.argmax([direct(row["q"], f" {one}")[0] for one in row["choices"]])) == row["gold"]

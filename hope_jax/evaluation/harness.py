@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from hope_jax.evaluation.answers import digest
 from hope_jax.evaluation.page import write_page
 from hope_jax.evaluation.subject import Results, Subject, TaskError
 
@@ -11,7 +12,8 @@ class Harness:
     """Asks what the lm-evaluation-harness asks, by its names (needs the extra `harness`).
 
     The paper's zero-shot suite is tasks=wikitext,lambada_openai,piqa,hellaswag,winogrande,arc_easy,
-    arc_challenge,social_iqa,boolq; the harness downloads their data.
+    arc_challenge,social_iqa,boolq; the harness downloads their data. What the same model was asked
+    before is not asked again: an interrupted evaluation goes on where it was.
 
     Attributes:
       tasks: Names with commas between them.
@@ -59,6 +61,7 @@ class Harness:
             limit=self.limit,
             bootstrap_iters=0,
             log_samples=False,
+            use_cache=str(subject.folder / f"harness-{digest(subject.model, {})}"),
         )
         results: Results = {}
         for task, metrics in found["results"].items():

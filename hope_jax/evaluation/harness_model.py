@@ -40,11 +40,11 @@ class HarnessModel(LM):
         self._batch = batch
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:  # noqa: D102
-        return self._score([self._span(*request.args) for request in requests])
+        return self._score("loglikelihood", requests, [self._span(*one.args) for one in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:  # noqa: D102
-        spans = [self._span("", *request.args) for request in requests]
-        return [nats for nats, _ in self._score(spans)]
+        spans = [self._span("", *one.args) for one in requests]
+        return self._score("loglikelihood_rolling", requests, spans)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:  # noqa: D102
         said = [""] * len(requests)
@@ -58,6 +58,7 @@ class HarnessModel(LM):
                 texts = self._write([requests[i].args[0] for i in part], requests[part[0]].args[1])
                 for i, text in zip(part, texts, strict=True):
                     said[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return said
 
     def _span(self, context: str, text: str) -> Span:
@@ -71,10 +72,13 @@ class HarnessModel(LM):
         before = len(self._encode(bare)) if bare else 0
         return Span([self._subject.tokenizer.bos, *whole], len(whole) - before)
 
-    def _score(self, spans: list[Span]) -> list[tuple[float, bool]]:
-        """The log-likelihood of each span, and whether it is what would be written."""
+    def _score(self, kind: str, requests: Sequence[Any], spans: list[Span]) -> list[Any]:
+        """The log-likelihood of each span; "loglikelihood" adds whether it would be written.
+
+        Each is kept at once where the harness keeps what it was told.
+        """
         order = sorted(range(len(spans)), key=lambda i: len(spans[i].tokens))
-        found = [(0.0, True)] * len(spans)
+        found: list[Any] = [None] * len(spans)
         rows = whole_rows(self._batch)
         starts = range(0, len(order), rows)
         for start in self._subject.track(starts):
@@ -89,7 +93,11 @@ class HarnessModel(LM):
                 scored[row, size - 1 - spans[i].scored : size - 1] = True
             nats, greedy = self._judge(tokens, scored)
             for row, i in enumerate(part):
-                found[i] = -float(nats[row]), bool(greedy[row])
+                likelihood = -float(nats[row])
+                found[i] = (
+                    (likelihood, bool(greedy[row])) if kind == "loglikelihood" else likelihood
+                )
+                self.cache_hook.add_partial(kind, requests[i].args, found[i])
         return found
 
     def _judge(self, tokens: np.ndarray, scored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,9 +132,9 @@ class HarnessModel(LM):
 def _judge(
     graphdef: nnx.GraphDef,
     params: dict,
-    tokens: Int[Array, "B T+1"],
+    tokens: Int[Array, "B _longer"],
     scored: Bool[Array, "B T"],
-    known: int,
+    known: int | Int[Array, ""],
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """Nats of the scored targets of each row, and whether each of them is the likeliest token."""
     model = nnx.merge(graphdef, params)

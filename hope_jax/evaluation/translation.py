@@ -2,13 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from hope_jax.data.synthetic_languages import Language, Sentence, make_language, make_sentence
+from hope_jax.evaluation.answers import ask_each, digest, known_answers
 from hope_jax.evaluation.page import draw_grid, write_page
 from hope_jax.evaluation.subject import Results, Subject, encode
 from hope_jax.models.adapt import read, repeat, settle
@@ -17,6 +19,19 @@ from hope_jax.models.generate import generate
 
 LONGEST = 6
 """Characters of the longest pieces that chrF compares."""
+
+PLANS = {"first": [0], "second": [1], "both": [0, 1]}
+"""The languages whose manuals are read, in order, before each of them is asked for."""
+
+
+class Reading(NamedTuple):
+    """What is read before translations are asked for.
+
+    Attributes:
+      plan: One of `PLANS`.
+    """
+
+    plan: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +68,23 @@ class Translation:
     def run(self, subject: Subject) -> Results:
         """Reads and translates; returns chrF of each language alone and behind both manuals."""
         lessons = [self._lesson(number) for number in range(2)]
-        manuals = [manual for _, manual, _ in lessons]
-        plans = {"first": [0], "second": [1], "both": [0, 1]}
+        settings = {name: value for name, value in asdict(self).items() if name != "batch"}
+        file = subject.folder / f"translation-{digest(subject.model, settings)}.jsonl"
+
+        def ask(one: Reading) -> dict[str, list[list[str]]]:
+            numbers = PLANS[one.plan]
+            memory = _learn(subject, "\n".join(lessons[number][1] for number in numbers) + "\n")
+            pairs = ((lessons[number][0], lessons[number][2]) for number in numbers)
+            return {"said": [self._translate(subject, *pair, memory) for pair in pairs]}
+
+        known = known_answers(file, Reading)
+        missing = [Reading(name) for name in PLANS if Reading(name) not in known]
+        known |= ask_each(subject, file, missing, ask)
         found: dict[str, float] = {}
         texts: list[str] = []
-        for name in subject.track(list(plans)):
-            behind = "\n".join(manuals[number] for number in plans[name]) + "\n"
-            memory = _learn(subject, behind)
-            for number in plans[name]:
+        for name, numbers in PLANS.items():
+            for number, said in zip(numbers, known[Reading(name)]["said"], strict=True):
                 language, _, asked = lessons[number]
-                said = self._translate(subject, language, asked, memory)
                 key = (
                     f"chrf_{('first', 'second')[number]}_{'of_two' if name == 'both' else 'alone'}"
                 )
