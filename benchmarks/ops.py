@@ -116,7 +116,7 @@ CHECKS = [
 ]
 
 
-def check(rows, forms):
+def check(rows, records, forms):
     """Compares the kernel with the float64 reference; the XLA form's error stands beside it."""
     for op, dtype, precision, shape, chunk, what in CHECKS:
         arrays = narrow(inputs(op, *shape, correlated=what == "correlated"), dtype)
@@ -135,6 +135,9 @@ def check(rows, forms):
                     error, where = worst_error(truth, got)
                     y, _ = worst_error({"y": truth["y"]}, {"y": got["y"]})
                     text = f"y {y:.1e}  worst {error:.1e} {where}"
+                    label = "/".join(filter(None, ("error", op, dtype, precision, what, form)))
+                    notes = f"(B, T, H, d) = {shape}, C={chunk}; {where}; of what is read {y:.1e}"
+                    records.append(record(label, error, "largest relative error", notes))
                 except Exception as failure:
                     text = "FAILED " + repr(failure)[:300]
             spent = time.perf_counter() - begin
@@ -324,7 +327,7 @@ def main():
     if "launch" in parts and platform() == "gpu":
         launches(rows, shape)
     if "check" in parts:
-        check(rows, forms)
+        check(rows, records, forms)
     if options.out:
         append(options.out, records)
     print("\n" + "=" * 40 + "\n" + "\n".join(rows))

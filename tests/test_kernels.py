@@ -188,9 +188,8 @@ def test_fast_kv_tpu_kernel_is_the_reference(case):
     assert_same(*fast_kv_call(**FAST_KV[case]), 1e-4, TPU)
 
 
-# Of few tokens the gradients of the gates' biases nearly cancel: eta's is 3.4e-2 off.
-@pytest.mark.parametrize(("time", "tolerance"), [(48, 4e-2), (160, 2e-2)])
-def test_bfloat16_tokens_keep_two_digits(time, tolerance):
+@pytest.mark.parametrize("time", [48, 160])
+def test_bfloat16_tokens_keep_two_digits(time):
     op, arguments = self_referential_call(time=time)
     arguments = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
     expected = computed(op, arguments, "reference")
@@ -199,9 +198,13 @@ def test_bfloat16_tokens_keep_two_digits(time, tolerance):
     got = computed(op, rounded, KERNEL)
     assert got[0][0].dtype == jnp.bfloat16
     assert got[0][1]["memory"][0].dtype == jnp.float32
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+    named = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, a), b in zip(named, jax.tree.leaves(got), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(a)
+        where = jax.tree_util.keystr(path)
+        # Of few tokens the parts of this one, a sum over all of them, nearly cancel.
+        tolerance = 4e-2 if time == 48 and "eta_bias" in where else 2e-2
+        assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(a), where
 
 
 def test_gradient_agrees_with_finite_differences():
