@@ -24,10 +24,11 @@ def normals(seed):
 
 
 def self_referential_call(
-    time=37, position=None, starts=None, frozen=("q",), correlated=0.0, gate=1.0, batch=2, **options
-):
+    time=37, position=None, starts=None, frozen=("q",), correlated=0.0, gate=1.0, batch=2, heads=2,
+    group=1, **options,
+):  # fmt: skip
     """Everything that has a gradient, and the op as a function of it."""
-    heads, width, chunk = 2, 16, 16
+    width, chunk = 16, 16
     normal = normals(0)
     names = ("k", "v", "q", *GATES)
     x = normal(batch, time, heads, width) + correlated * normal(1, 1, heads, width)
@@ -56,8 +57,8 @@ def self_referential_call(
             memory = SelfReferentialMemory(jnp.int32(position), states[0], None, states[1])
         slow = Slow(**{**given, **slow, **biases})
         y, memory = self_referential(
-            x, slow, initial, memory, starts, chunk_memory=chunk, chunk_projections=chunk,
-            form=form, **options,
+            x, slow, initial, memory, starts, chunk_memory=chunk,
+            chunk_projections=group * chunk, form=form, **options,
         )  # fmt: skip
         return y, memory.state, memory.held
 
@@ -113,20 +114,35 @@ def starts_of(time, share=0.15, batch=2):
 
 SELF_REFERENTIAL = {
     "whole chunks": {"time": 32},
-    "shorter than a chunk": {"time": 5, "batch": 1},
+    "shorter than a chunk": {"time": 5, "group": 2, "batch": 1, "heads": 1},
     "odd length, starts in chunks": {"starts": starts_of(37)},
     "goes on inside a chunk": {"position": 5, "starts": starts_of(37)},
     "goes on at a chunk's start": {"position": 32, "time": 16},
-    "correlated tokens": {"correlated": 5.0, "time": 48},
+    "correlated tokens": {"correlated": 5.0, "time": 48, "group": 2},
     "gates at their bounds": {"frozen": ("q", *GATES), "gate": 100.0, "write_max": 2.0},
-    "everything adapts, own writes are read": {"frozen": (), "read": "current", "position": 3},
-    "nothing adapts": {"frozen": ("k", "v", "q", *GATES), "starts": starts_of(37), "position": 5},
+    "everything adapts, own writes are read, three chunks project with one state": {
+        "frozen": (),
+        "read": "current",
+        "group": 3,
+        "time": 62,
+        "position": 21,
+        "starts": starts_of(62, 0.03),
+    },
+    "nothing adapts": {
+        "frozen": ("k", "v", "q", *GATES),
+        "starts": starts_of(37),
+        "position": 5,
+        "group": 2,
+    },
     "chunk's start is read, l2, literal": {
         "read": "chunk",
         "objective": "l2",
         "anchor": False,
         "normalize_targets": False,
-        "starts": starts_of(37),
+        "group": 2,
+        "time": 45,
+        "position": 53,
+        "starts": starts_of(45, 0.05),
     },
     "no erasing, values as targets": {"dgd": False, "frozen": ("q", *GATES), "targets": "value"},
 }
@@ -158,7 +174,7 @@ def test_fast_kv_kernel_is_the_reference(case):
     "case",
     [
         "goes on inside a chunk",
-        "everything adapts, own writes are read",
+        "everything adapts, own writes are read, three chunks project with one state",
         "chunk's start is read, l2, literal",
         "no erasing, values as targets",
         "delta",
@@ -177,7 +193,11 @@ def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, monkeypatch)
 
 @pytest.mark.parametrize(
     "case",
-    ["shorter than a chunk", "goes on inside a chunk", "chunk's start is read, l2, literal"],
+    [
+        "shorter than a chunk",
+        "goes on inside a chunk",
+        "chunk's start is read, l2, literal",
+    ],
 )
 def test_self_referential_tpu_kernel_is_the_reference(case):
     assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4, TPU)

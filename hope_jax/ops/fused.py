@@ -55,26 +55,28 @@ def remember(
       What was read, in the dtype of the tokens, and what is left behind.
     """
     batch, time = next(iter(tokens.values())).shape[:2]
+    group = plan.chunk * plan.group
     offset, room = 0, time
     if carried is None:
         carried = _fresh(plan, origins, batch)
     elif carried.position is not None:
-        offset, room = carried.position % plan.chunk, time + plan.chunk - 1
+        offset, room = carried.position % group, time + group - 1
     count = -(-room // plan.chunk)
     whole = room == time == count * plan.chunk
     plan = plan._replace(
         segmented=not whole or starts is not None,
-        holds=not whole and carried.position is not None,
+        holds=carried.position is not None and (not whole or plan.group > 1),
     )
-    segments = last = final = None
+    segments = last = early = live = None
     if plan.holds:
-        final = jnp.reshape((offset + time - 1) // plan.chunk, 1)
+        ends = offset, offset + time - 1
+        live = jnp.stack([jnp.asarray(end // plan.chunk, jnp.int32) for end in ends])
     if plan.segmented:
-        segments, last = _segments(plan.chunk, count, offset, batch, time, starts)
+        segments, last, early = _segments(plan, count, offset, batch, time, starts)
     padded = {name: _pad(array, offset, count * plan.chunk) for name, array in tokens.items()}
     states = _from_origin(plan, carried.states, origins, -1)
     held = _from_origin(plan, carried.held, origins, -1) if plan.holds else None
-    sequence = Sequence(padded, segments, last, final, states, held, origins, bias)
+    sequence = Sequence(padded, segments, last, early, live, states, held, origins, bias)
     y, ends, held = _scan(machine, plan, sequence)
 
     if not whole:
@@ -82,11 +84,9 @@ def remember(
     ends = _from_origin(plan, ends, origins, 1)
     if carried.position is None:
         return y, Carried(None, ends, None)
-    if not plan.holds:
-        return y, Carried(carried.position + time, ends, ends)
-    full = (offset + time) % plan.chunk == 0
-    held = jax.tree.map(partial(jnp.where, full), ends, _from_origin(plan, held, origins, 1))
-    return y, Carried(carried.position + time, ends, held)
+    held = _from_origin(plan, held, origins, 1) if plan.holds else ends
+    after = _next_held(plan, sequence, offset + time, ends, held) if plan.holds else ends
+    return y, Carried(carried.position + time, ends, after)
 
 
 def refusal(machine: ModuleType, plan: Plan, dtype: jnp.dtype, *widths: int) -> str | None:
@@ -137,7 +137,7 @@ def _scan_backward(machine, plan, residuals, cotangents):
         plan, _rounded(plan, sequence), starts, *cotangents, launch=_launch(machine)
     )
     dorigins, dbias = jax.tree.map(lambda array: jnp.sum(array, 0), (dorigins, dbias))
-    return (Sequence(dtokens, None, None, None, dstates, dheld, dorigins, dbias),)
+    return (Sequence(dtokens, None, None, None, None, dstates, dheld, dorigins, dbias),)
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
@@ -171,6 +171,21 @@ def _from_origin(plan, states, origins, sign):
     return {name: state + sign * origins[name] for name, state in states.items()}
 
 
+def _next_held(plan, sequence, time, ends, held):
+    """What the token after the last one, which is number `time` on the grid, projects with."""
+    after = {}
+    for name, state in ends.items():
+        kept = held[name]
+        if plan.segmented:
+            began = sequence.last[:, sequence.live[1]]
+            if sequence.early is not None and plan.chunks_of(name) > 1:
+                began += sequence.early[:, sequence.live[1]]
+            kept = jnp.where(began[:, None, None, None] > 0, sequence.origins[name], kept)
+        ended = time % (plan.chunk * plan.chunks_of(name)) == 0
+        after[name] = jnp.where(ended, state, kept)
+    return after
+
+
 def _pad(array, offset, time):
     if array.shape[1] == time:
         return array
@@ -178,12 +193,17 @@ def _pad(array, offset, time):
     return jax.lax.dynamic_update_slice_in_dim(room, array, offset, 1)
 
 
-def _segments(chunk, count, offset, batch, time, starts):
+def _segments(plan, count, offset, batch, time, starts):
     """Numbers the documents of each chunk; see `Sequence`."""
-    index = jnp.arange(count * chunk)
-    live = ((index >= offset) & (index < offset + time)).reshape(count, chunk)
+    index = jnp.arange(count * plan.chunk)
+    live = ((index >= offset) & (index < offset + time)).reshape(count, plan.chunk)
     if starts is None:
         starts = jnp.zeros((batch, time), bool)
-    starts = _pad(starts, offset, count * chunk).reshape(batch, count, chunk)
+    starts = _pad(starts, offset, count * plan.chunk).reshape(batch, count, plan.chunk)
     number = jnp.where(live, jnp.cumsum(starts, -1, dtype=jnp.int32), -1)
-    return number.reshape(batch, -1), jnp.max(number, -1)
+    early = None
+    if plan.group > 1:
+        begun = jnp.sum(starts, -1, dtype=jnp.int32)
+        begun = jnp.pad(begun, ((0, 0), (0, -count % plan.group))).reshape(batch, -1, plan.group)
+        early = (jnp.cumsum(begun, -1) - begun).reshape(batch, -1)[:, :count]
+    return number.reshape(batch, -1), jnp.max(number, -1), early

@@ -41,11 +41,6 @@ def refuses(machine, x, views, biases, initial, memory, starts, setting):
         return "the kernels take memories without momentum"
     if setting.inner_gradient == "stop":
         return "the kernels differentiate the inner updates, got inner_gradient=stop"
-    if setting.chunk_memory != setting.chunk_projections:
-        return (
-            "the kernels take one chunk for all memories, got "
-            f"{setting.chunk_memory} and {setting.chunk_projections}"
-        )
     return refusal(machine, _plan(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1])
 
 
@@ -53,9 +48,12 @@ def _plan(x, views, setting):
     adaptive = {"k": views.key, "v": views.value, "q": views.query}
     gates = {"eta": views.write, "alpha": views.retain}
     narrow = x.dtype == jnp.bfloat16
+    memories = (*(name for name, array in adaptive.items() if array is None), "memory")
+    gates = tuple(name for name, array in gates.items() if array is None)
+    alone = len(memories + gates) == 1
     return Plan(
-        memories=(*(name for name, array in adaptive.items() if array is None), "memory"),
-        gates=tuple(name for name, array in gates.items() if array is None),
+        memories=memories,
+        gates=gates,
         objective=setting.objective,
         erases="state" if setting.dgd else "nothing",
         anchor=setting.anchor,
@@ -67,6 +65,7 @@ def _plan(x, views, setting):
         segmented=False,
         holds=False,
         operand=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
+        group=1 if alone else setting.chunk_projections // setting.chunk_memory,
     )
 
 

@@ -52,6 +52,7 @@ class Plan(NamedTuple):
       holds: Whether the state a token projects with may differ from that of its chunk's start.
       operand: What the operands of matrix products are rounded to; sums are in float32. With
         float32 operands `jax.default_matmul_precision` says whether they may be rounded to tf32.
+      group: Chunks for which tokens project with one state; see `chunks_of`.
     """
 
     memories: tuple[str, ...]
@@ -67,6 +68,7 @@ class Plan(NamedTuple):
     segmented: bool
     holds: bool
     operand: jnp.dtype
+    group: int = 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,6 +80,10 @@ class Plan(NamedTuple):
         """Whether what tokens bring to a chunk depends on the state at its start."""
         adaptive = len(self.names) > 1
         return adaptive or self.targets == "self" or self.objective == "l2" or self.read == "chunk"
+
+    def chunks_of(self, name: str) -> int:
+        """Chunks for which tokens hold on to one state of a memory; one for that which is read."""
+        return 1 if name == "memory" else self.group
 
     @property
     def steps(self) -> bool:
@@ -109,10 +115,12 @@ class Place(NamedTuple):
     Attributes:
       number: The number of document starts in the chunk up to the token; -1 for padding.
       last: The number of the last token that is not padding, -1 if there is none.
+      early: The number of document starts in earlier chunks of the group; None for groups of one.
     """
 
     number: Int[Array, "C 1"]
     last: Int[Array, ""]
+    early: Int[Array, ""] | None
 
     @property
     def live(self) -> Bool[Array, "C 1"]:
@@ -123,6 +131,13 @@ class Place(NamedTuple):
     def open(self) -> Bool[Array, "C 1"]:
         """Whether the token's document began before the chunk."""
         return self.number == 0
+
+    def holding(self, name: str) -> Bool[Array, "C 1"]:
+        """Whether the token's document began before the chunks that hold one state of a memory."""
+        if self.early is None or name == "memory":
+            return self.open
+        # Nothing has the number -2, for padding has -1: one comparison says both.
+        return self.number == -2 * self.early
 
 
 class Lesson(NamedTuple):
@@ -234,7 +249,7 @@ def consult(plan, place, memories, name, rows):
     fresh = 0
     if memories.origin is not None:
         fresh = _dot(plan, rows, memories.origin(name), 1, 1)
-    return jnp.where(place.open, y, fresh)
+    return jnp.where(place.holding(name), y, fresh)
 
 
 def teach(plan, lesson, place, memories, name):
@@ -605,14 +620,15 @@ def charge(
     return slopes
 
 
-def blame(plan: Plan, place: Place | None, slope: Array, x: Array) -> Change:
+def blame(plan: Plan, place: Place | None, name: str, slope: Array, x: Array) -> Change:
     """Hands the gradient of what a memory answered to tokens x to what they held of it."""
     held = fresh = None
     if place is None:
         held = _dot(plan, slope, x, 0, 0)
     else:
-        held = _dot(plan, jnp.where(place.open, slope, 0), x, 0, 0)
-        fresh = _dot(plan, jnp.where(place.open, 0, slope), x, 0, 0)
+        holding = place.holding(name)
+        held = _dot(plan, jnp.where(holding, slope, 0), x, 0, 0)
+        fresh = _dot(plan, jnp.where(holding, 0, slope), x, 0, 0)
     return Change(held, _plus(held, fresh) if plan.anchor else fresh)
 
 
@@ -743,7 +759,7 @@ def _settle(plan, notes, place, name, key, after, owed, asked):
         state += notes["dstate"]
     held = origin = None
     for slope, rows in asked:
-        change = blame(plan, place, slope, rows)
+        change = blame(plan, place, name, slope, rows)
         held, origin = _plus(held, change.held), _plus(origin, change.origin)
     if plan.erases != "nothing":
         owed = -_erase(plan, notes) * owed
@@ -769,9 +785,10 @@ def _unconsult(plan, place, memories, name, dy):
     """The gradient of the rows with which a memory was consulted."""
     if place is None:
         return _dot(plan, dy, memories.held(name))
-    drows = _dot(plan, jnp.where(place.open, dy, 0), memories.held(name))
+    holding = place.holding(name)
+    drows = _dot(plan, jnp.where(holding, dy, 0), memories.held(name))
     if memories.origin is not None:
-        drows += _dot(plan, jnp.where(place.open, 0, dy), memories.origin(name))
+        drows += _dot(plan, jnp.where(holding, 0, dy), memories.origin(name))
     return drows
 
 

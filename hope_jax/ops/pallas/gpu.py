@@ -214,7 +214,7 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     launch, which begins with what the last one left. Twice the warps hold what a program needs with
     fewer spilled registers.
     """
-    operands = sequence, notes, starts, dy, dheld
+    operands = sequence, notes, starts, dy
     widths = _keys(sequence), dy.shape[-1]
     batch, time, heads, _ = dy.shape
     count, learning = time // plan.chunk, len(plan.names)
@@ -237,7 +237,7 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
                 _sequence_specs(sequence),
                 *by_head((notes, starts)),
                 _by_token(dy),
-                *by_head((dheld, *left)),
+                *by_head(left),
             ],
             out_specs=by_head(left),
             input_output_aliases={first + place: place for place in places},
@@ -246,11 +246,7 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
         )(jnp.reshape(i, 1), *operands, *left)
 
     nothing = jax.tree.map(jnp.zeros_like, sequence.states)
-    gradients = Gradients(
-        dstates,
-        nothing if plan.holds else None,
-        None if sequence.origins is None else nothing,
-    )
+    gradients = Gradients(dstates, dheld, None if sequence.origins is None else nothing)
     dues = zeros(walk.shapes_of_share(plan, *widths), 2, learning)
     left = gradients, dues, zeros(walk.shapes_of_slopes(plan, *widths), count)
     gradients, _, slopes = jax.lax.fori_loop(0, count + 1, chunk, left)
@@ -342,7 +338,7 @@ def _view(plan, launch):
     return View(
         rows=lambda n: (pl.ds(n * plan.chunk, plan.chunk), ...),
         item=lambda n: (n, ...),
-        last=lambda ref, n: ref[n],
+        number=lambda ref, n: ref[n],
         fence=(lambda: None) if launch.interpret else triton.debug_barrier,
     )
 
@@ -385,7 +381,8 @@ def _sequence_specs(sequence):
         jax.tree.map(_by_token, sequence.tokens),
         jax.tree.map(by_row, sequence.segments),
         jax.tree.map(by_row, sequence.last),
-        jax.tree.map(lambda array: pl.BlockSpec(array.shape, lambda *_: (0,)), sequence.final),
+        jax.tree.map(by_row, sequence.early),
+        jax.tree.map(lambda array: pl.BlockSpec(array.shape, lambda *_: (0,)), sequence.live),
         jax.tree.map(_by_head, sequence.states),
         jax.tree.map(_by_head, sequence.held),
         jax.tree.map(shared, sequence.origins),
@@ -407,7 +404,8 @@ def _forward_kernel(plan, view, sequence, y, ends, ends_held, starts):
 def _prepare_kernel(plan, view, sequence, starts, notes):
     """The kernel that takes notes of what is said in a chunk."""
     n = pl.program_id(2)
-    walk.prepare(plan, view, sequence, starts, n, walk.taker(plan, view, notes, n))
+    page = _look(plan, view, sequence, starts, n)
+    walk.prepare(plan, sequence, page, walk.taker(plan, view, notes, n))
 
 
 def _recall_kernel(plan, view, sequence, starts, dy, told, notes):
@@ -432,12 +430,15 @@ def _answer_kernel(plan, view, sequence, notes, starts, slopes, dtokens):
     walk.answer(plan, view, page, n, said, dtokens)
 
 
-def _look(plan, view, sequence, starts, n, notes):
-    return walk.look(plan, view, sequence, n, lambda name: starts[name][n], notes)
+def _look(plan, view, sequence, starts, n, notes=None):
+    def opening(name):
+        return starts[name][walk.opened(plan, name, n)]
+
+    return walk.look_back(plan, view, sequence, n, lambda name: starts[name][n], opening, notes)
 
 
 def _unlearn_kernel(
-    plan, view, number, sequence, notes, starts, dy, dends_held,
+    plan, view, number, sequence, notes, starts, dy,
     _gradients, _dues, _slopes, gradients, dues, slopes,
 ):  # fmt: skip
     """The kernel that hands gradients back through chunks, one number of a launch for each.
@@ -462,22 +463,21 @@ def _unlearn_kernel(
             rows[...] = slope[x].reshape(rows.shape).astype(rows.dtype)
         if name not in slopes:
             return Change(None, None)
-        return chunks.blame(plan, page.place, slope[name], page.tokens["x"])
+        return chunks.blame(plan, page.place, name, slope[name], page.tokens["x"])
 
     def memory(place, name):
-        after, answers = gradients.states[name][...], collect(name)
+        state, answers = gradients.states[name][...], collect(name)
+        owed = partial(walk.owed, plan, sequence, gradients, name, n, state, answers.held)
+        answered = Change(None, answers.origin)
 
         def last():
-            walk.settle(plan, view, gradients, name, after, [(n + 1, answers)])
+            walk.settle(plan, view, gradients, name, *owed(), [answered])
 
         def chunk():
             page = _look(plan, view, sequence, starts, n, notes)
-            whole = after if answers.held is None else after + answers.held
-            share, state, change = walk.unlearn(
-                plan, view, sequence, page, dy, dends_held, n, name, whole
-            )
-            changes = [(n + 1, Change(None, answers.origin)), (n, change)]
-            walk.settle(plan, view, gradients, name, state, changes)
+            after, held = owed()
+            share, state, change = walk.unlearn(plan, view, page, dy, n, name, after)
+            walk.settle(plan, view, gradients, name, state, held, [answered, change])
             for ref, part in zip(jax.tree.leaves(dues), jax.tree.leaves(share), strict=True):
                 rows = ref.at[done & 1, place]
                 rows[...] = part.reshape(rows.shape).astype(rows.dtype)

@@ -116,11 +116,11 @@ def _prepare(plan, sequence, starts, dy, launch):
         partial(_prepare_kernel, plan),
         out_shape=out,
         grid=like.shape[:3],
-        in_specs=[_sequence_specs(sequence), specs(starts), specs(dy)],
+        in_specs=[_sequence_specs(sequence), *_starts_specs(plan, starts), specs(dy)],
         out_specs=specs(out),
         name="memory_prepare",
         **_how(launch),
-    )(sequence, starts, dy)
+    )(sequence, starts, starts, dy)
 
 
 def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
@@ -136,15 +136,16 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     )
     by_chunk = partial(jax.tree.map, partial(_by_chunk, count=count))
     by_head = partial(jax.tree.map, _by_head)
-    operands = (sequence, notes, starts, dy, dstates, dheld)
+    operands = (sequence, notes, dy, dstates, dheld, starts, starts)
     return pl.pallas_call(
         partial(_unlearn_kernel, plan),
         out_shape=out,
         grid=(batch, heads, count),
         in_specs=[
             _sequence_specs(sequence, count),
-            *map(by_chunk, operands[1:4]),
-            *map(by_head, operands[4:]),
+            *map(by_chunk, operands[1:3]),
+            *map(by_head, operands[3:5]),
+            *_starts_specs(plan, starts, count),
         ],
         out_specs=(by_chunk(out[0]), *by_head(out[1:])),
         name="memory_unlearn",
@@ -164,7 +165,7 @@ def _how(launch):
 VIEW = View(
     rows=lambda _: ...,
     item=lambda _: ...,
-    last=lambda ref, n: ref[pl.program_id(0), n],
+    number=lambda ref, n: ref[pl.program_id(0), n],
     fence=lambda: None,
 )
 """A program sees one chunk of its head."""
@@ -177,22 +178,22 @@ def _forward_kernel(plan, sequence, y, ends, ends_held, starts):
     walk.forward(plan, VIEW, sequence, n, y, ends, ends_held, starts)
 
 
-def _prepare_kernel(plan, sequence, starts, dy, notes):
+def _prepare_kernel(plan, sequence, starts, openings, dy, notes):
     """The kernel that takes notes of a chunk."""
     n = pl.program_id(2)
-    note = walk.taker(plan, VIEW, notes, n)
-    lesson = walk.prepare(plan, VIEW, sequence, starts, n, note)
-    page = _look(plan, sequence, starts, n)
+    note, page = walk.taker(plan, VIEW, notes, n), _look(plan, sequence, starts, openings, n)
+    lesson = walk.prepare(plan, sequence, page, note)
     for name in plan.names:
         walk.recall(plan, VIEW, page, dy, n, name, lesson, note)
 
 
-def _look(plan, sequence, starts, n, notes=None):
-    return walk.look(plan, VIEW, sequence, n, lambda name: starts[name][...], notes)
+def _look(plan, sequence, starts, openings, n, notes=None):
+    start, opening = (lambda name, m=m: m[name][...] for m in (starts, openings))
+    return walk.look_back(plan, VIEW, sequence, n, start, opening, notes)
 
 
 def _unlearn_kernel(
-    plan, sequence, notes, starts, dy, dends, dends_held,
+    plan, sequence, notes, dy, dends, dends_held, starts, openings,
     dtokens, dstates, dheld, dorigins, dbias,
 ):  # fmt: skip
     """The kernel that hands gradients back from chunk to chunk."""
@@ -203,23 +204,24 @@ def _unlearn_kernel(
     def _():
         for name in plan.names:
             dstates[name][...] = dends[name][...]
-        for ref in jax.tree.leaves((dheld, dorigins, dbias)):
+            if plan.holds:
+                dheld[name][...] = dends_held[name][...]
+        for ref in jax.tree.leaves((dorigins, dbias)):
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-    shares, page = [], _look(plan, sequence, starts, n, notes)
+    shares, page = [], _look(plan, sequence, starts, openings, n, notes)
     for name in plan.names:
-        after = dstates[name][...]
-        share, state, change = walk.unlearn(
-            plan, VIEW, sequence, page, dy, dends_held, n, name, after
-        )
-        walk.settle(plan, VIEW, gradients, name, state, [(n, change)])
+        after, held = walk.owed(plan, sequence, gradients, name, n, dstates[name][...], None)
+        share, state, change = walk.unlearn(plan, VIEW, page, dy, n, name, after)
+        walk.settle(plan, VIEW, gradients, name, state, held, [change])
         shares.append(share)
     whole = jax.tree.map(lambda *parts: sum(parts), *shares)
     slopes = chunks.charge(plan, *page[:3], whole)
     for name in plan.names:
         if name in slopes:
-            change = chunks.blame(plan, page.place, slopes[name], page.tokens["x"])
-            walk.settle(plan, VIEW, gradients, name, dstates[name][...], [(n, change)])
+            change = chunks.blame(plan, page.place, name, slopes[name], page.tokens["x"])
+            held = dheld[name][...] if plan.holds else None
+            walk.settle(plan, VIEW, gradients, name, dstates[name][...], held, [change])
     walk.answer(plan, VIEW, page, n, slopes, dtokens)
     if plan.gates:
         dbias[...] += jnp.sum(slopes["gates"], 0, keepdims=True)
@@ -267,6 +269,21 @@ def _by_chunk(array, count=None):
     )
 
 
+def _starts_specs(plan, starts, count=None):
+    """The states at the start of a chunk, and at that of the first chunk of its group."""
+
+    def opening(name, array):
+        rest = array.shape[3:]
+
+        def place(b, h, n):
+            return b, h, walk.opened(plan, name, _time(n, count)), *[0] * len(rest)
+
+        return pl.BlockSpec((None, None, None, *rest), place)
+
+    openings = {name: opening(name, array) for name, array in starts.items()}
+    return jax.tree.map(partial(_by_chunk, count=count), starts), openings
+
+
 def _by_head(array):
     """What one head of one row has for itself: `[B, H, ...]` is seen as `[...]`."""
     rest = array.shape[2:]
@@ -290,8 +307,7 @@ def _sequence_specs(sequence, count=None):
     return Sequence(
         jax.tree.map(partial(_by_chunk, count=count), sequence.tokens),
         jax.tree.map(by_row, sequence.segments),
-        jax.tree.map(scalars, sequence.last),
-        jax.tree.map(scalars, sequence.final),
+        *jax.tree.map(scalars, (sequence.last, sequence.early, sequence.live)),
         jax.tree.map(_by_head, sequence.states),
         jax.tree.map(_by_head, sequence.held),
         jax.tree.map(shared, sequence.origins),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from hope_jax.ops.pallas import chunk as chunks
@@ -32,9 +33,10 @@ class Sequence(NamedTuple):
       tokens: By name, `[B, T, H, K]`, gates `[B, T, H]` in float32; T a multiple of the chunk.
       segments: The number of document starts in a token's chunk up to the token; -1 for padding.
       last: The number of the last token of a chunk that is not padding; -1 if there is none.
-      final: The last chunk that is not all padding, if one of them may be.
+      early: The number of document starts in earlier chunks of the group.
+      live: The first and the last chunk that are not all padding, if the plan holds.
       states: The states before the first token, `[B, H, V, K]` in float32.
-      held: What the tokens of the first chunk project with, if they are not the first.
+      held: What the first tokens project with, if they are not the first of their group.
       origins: Where the states return to, `[H, V, K]`, as operands.
       bias: Of the gates, `[H, 1, GATE_ROWS]`.
     """
@@ -42,7 +44,8 @@ class Sequence(NamedTuple):
     tokens: Values
     segments: Int[Array, "B T"] | None
     last: Int[Array, "B N"] | None
-    final: Int[Array, "1"] | None
+    early: Int[Array, "B N"] | None
+    live: Int[Array, "2"] | None
     states: Values
     held: Values | None
     origins: Values | None
@@ -55,13 +58,13 @@ class View(NamedTuple):
     Attributes:
       rows: The index of a chunk's tokens, given the number of the chunk.
       item: The index of what is kept for a chunk.
-      last: Reads `Sequence.last` of a chunk.
+      number: Reads `Sequence.last` or `Sequence.early` of a chunk.
       fence: Lets all threads of a program see what was written before any goes on.
     """
 
     rows: Callable[[Any], Any]
     item: Callable[[Any], Any]
-    last: Callable[[Any, Any], Any]
+    number: Callable[[Any, Any], Any]
     fence: Callable[[], None]
 
 
@@ -140,7 +143,7 @@ class Page(NamedTuple):
     memories: Memories
 
 
-def look(plan, view, sequence, n, state, notes=None) -> Page:
+def look(plan, view, sequence, n, state, held, notes=None) -> Page:
     """Opens chunk n; matrices and notes are read where they are used, since registers are few.
 
     Args:
@@ -149,18 +152,18 @@ def look(plan, view, sequence, n, state, notes=None) -> Page:
       sequence: What there is to read.
       n: The number of the chunk.
       state: Reads the state of a memory at the chunk's start, given its name.
+      held: Reads what tokens project with, likewise.
       notes: Where notes lie.
     """
     tokens = {name: as_column(ref[view.rows(n)]) for name, ref in sequence.tokens.items()}
     place = None
     if plan.segmented:
         number = as_column(sequence.segments[view.rows(n)])
-        place = Place(number, view.last(sequence.last, n))
+        early = None if sequence.early is None else view.number(sequence.early, n)
+        place = Place(number, view.number(sequence.last, n), early)
 
-    def held(name):
-        matrix = state(name)
-        if plan.holds:
-            matrix = jnp.where(n == 0, sequence.held[name][...].astype(matrix.dtype), matrix)
+    def whole(name):
+        matrix = held(name)
         if plan.anchor:
             matrix = matrix.astype(jnp.float32) + origin(name).astype(jnp.float32)
         return matrix.astype(plan.operand)
@@ -170,10 +173,45 @@ def look(plan, view, sequence, n, state, notes=None) -> Page:
 
     memories = Memories(
         lambda name: state(name).astype(plan.operand),
-        held,
+        whole,
         None if sequence.origins is None else origin,
     )
     return Page(tokens, Noted(notes or {}, view.item(n)), place, memories)
+
+
+def opened(plan, name, n):
+    """The chunk at whose start a memory was in the state that the tokens of chunk n hold."""
+    group = plan.chunks_of(name)
+    return n if group == 1 else n - jax.lax.rem(n, group)
+
+
+def look_back(plan, view, sequence, n, start, opening, notes=None) -> Page:
+    """Opens chunk n when all has been read.
+
+    Args:
+      plan: What is computed.
+      view: How memory is seen.
+      sequence: What was read.
+      n: The number of the chunk.
+      start: Reads the state of a memory at the chunk's start, given its name.
+      opening: Reads it at the start of the chunk that `opened` says.
+      notes: Where notes lie.
+    """
+
+    def held(name):
+        if not plan.holds:
+            return start(name)
+        matrix = opening(name)
+        given = opened(plan, name, n) <= sequence.live[0]
+        return jnp.where(given, sequence.held[name][...].astype(matrix.dtype), matrix)
+
+    return look(plan, view, sequence, n, start, held, notes)
+
+
+def _renews(plan, sequence, name, n):
+    """Whether the tokens of chunk n are the first of the sequence to hold a memory's state."""
+    first = (sequence.live[0] < n) & (n <= sequence.live[1])
+    return first & (n == opened(plan, name, n))
 
 
 class Noted(Mapping):
@@ -203,12 +241,13 @@ def begin_forward(plan, view, sequence, ends, ends_held):
 
 def forward(plan, view, sequence, n, y, ends, ends_held, starts):
     """Reads chunk n; `starts` takes the states at its start unless it is None."""
-    page = look(plan, view, sequence, n, lambda name: ends[name][...])
+    for name in plan.names if plan.holds else ():
+        _hold(plan, view, sequence, n, name, ends, ends_held)
+    held = ends_held if plan.holds else ends
+    page = look(plan, view, sequence, n, *(lambda name, m=m: m[name][...] for m in (ends, held)))
     place, memories = page.place, page.memories
     for name in plan.names if starts is not None else ():
         starts[name][view.item(n)] = memories.state(name)
-    if plan.holds:
-        _hold(plan, view, sequence, n, place, memories, ends, ends_held)
     lesson = chunks.attend(plan, page.tokens, place, memories, _bias(sequence))
     for name in plan.names:
         _, _, delta = chunks.teach(plan, lesson, place, memories, name)
@@ -219,9 +258,8 @@ def forward(plan, view, sequence, n, y, ends, ends_held, starts):
         _put(view, ends[name], after)
 
 
-def prepare(plan, view, sequence, starts, n, note) -> Lesson:
-    """Takes notes of what was said in chunk n, which is returned; see `chunk.prepare`."""
-    page = look(plan, view, sequence, n, lambda name: starts[name][view.item(n)])
+def prepare(plan, sequence, page: Page, note) -> Lesson:
+    """Takes notes of what was said in a chunk, which is returned; see `chunk.prepare`."""
     lesson = chunks.attend(plan, page.tokens, page.place, page.memories, _bias(sequence))
     chunks.prepare(plan, lesson, note)
     return lesson
@@ -252,7 +290,7 @@ class Gradients(NamedTuple):
 
     Attributes:
       states: Of the states after, then before the tokens.
-      held: Of what the first chunk held; None unless the plan holds.
+      held: Of what is held by the last tokens, then by the first; None unless the plan holds.
       origins: Of the origins; None without.
     """
 
@@ -261,43 +299,51 @@ class Gradients(NamedTuple):
     origins: Values | None
 
 
-def unlearn(
-    plan, view, sequence, page: Page, dy, dends_held, n, name, after
-) -> tuple[Share, Array, Change]:
-    """Hands the gradient of one memory after chunk n back through it; see `chunk.unlearn`.
+def owed(plan, sequence, gradients, name, n, after, answered):
+    """Begins to undo chunk n of one memory; chunks behind it that hold another state are done with.
 
-    `dends_held` is the gradient of what the last live token held, None unless the plan holds.
+    Args:
+      plan: What is computed.
+      sequence: What was read.
+      gradients: What is known of gradients.
+      name: Which memory.
+      n: The number of the chunk; -1 to end.
+      after: The gradient of the state after it.
+      answered: What the next chunk has still to add to the gradient of what it held, or None.
+
+    Returns:
+      The gradient of the state after the chunk; that of what tokens held that is not in it.
     """
+    if not plan.holds:
+        return after if answered is None else after + answered, None
+    held = gradients.held[name][...]
+    held = held if answered is None else held + answered
+    renews = _renews(plan, sequence, name, n + 1)
+    return after + jnp.where(renews, held, 0), jnp.where(renews, 0, held)
+
+
+def unlearn(plan, view, page: Page, dy, n, name, after) -> tuple[Share, Array, Change]:
+    """Hands the gradient of one memory after chunk n back through it; see `chunk.unlearn`."""
     place, grad = page.place, None
     if plan.read == "chunk":
         grad = dy[view.rows(n)]
         grad = grad if place is None else jnp.where(place.live, grad, 0)
-    share, state, change = chunks.unlearn(plan, *page, name, after, grad)
-    if plan.holds and place is not None:
-        ending = jnp.where(n == sequence.final[0], dends_held[name][...], 0)
-        held = jnp.where(place.last > 0, 0, ending)
-        held = held if change.held is None else held + change.held
-        origin = change.origin
-        if not plan.anchor and origin is not None:
-            origin += jnp.where(place.last > 0, ending, 0)
-        change = Change(held, origin)
-    return share, state, change
+    return chunks.unlearn(plan, *page, name, after, grad)
 
 
-def settle(plan, view, gradients, name, state, changes):
-    """Stores the gradients of one memory's matrices; `changes` come with their chunks' numbers."""
-    first, origin = 0.0, 0.0
-    for n, change in changes:
+def settle(plan, view, gradients, name, state, held, changes):
+    """Stores the gradients of one memory's matrices; `held` is None unless the plan holds."""
+    origin = 0.0
+    for change in changes:
         if change.held is not None and plan.holds:
-            first += jnp.where(n == 0, change.held, 0)
-            state += jnp.where(n == 0, 0, change.held)
+            held += change.held
         elif change.held is not None:
             state += change.held
         if change.origin is not None:
             origin += change.origin
     _put(view, gradients.states[name], state)
     if plan.holds:
-        _put(view, gradients.held[name], gradients.held[name][...] + first)
+        _put(view, gradients.held[name], held)
     if gradients.origins is not None:
         _put(view, gradients.origins[name], gradients.origins[name][...] + origin)
 
@@ -327,14 +373,12 @@ def _as_tokens(notes):
     return jnp.swapaxes(notes.reshape(batch, heads, count * size, width), 1, 2)
 
 
-def _hold(plan, view, sequence, n, place, memories, ends, ends_held):
-    """Keeps what the tokens of a chunk project with, for the one in which the sequence ends."""
-    for name in plan.names:
-        held = jnp.where(n == 0, sequence.held[name][...], ends[name][...])
-        fresh = 0 if plan.anchor else memories.origin(name).astype(jnp.float32)
-        held = jnp.where(place.last > 0, fresh, held)
-        final = n == sequence.final[0]
-        _put(view, ends_held[name], jnp.where(final, held, ends_held[name][...]))
+def _hold(plan, view, sequence, n, name, ends, ends_held):
+    """Lets tokens from chunk n on hold the state at its start, if it is the first of a group."""
+
+    @pl.when(_renews(plan, sequence, name, n))
+    def _():
+        _put(view, ends_held[name], ends[name][...])
 
 
 def _bias(sequence):
