@@ -151,16 +151,17 @@ def on_tpu(topology, function, *arguments) -> str:
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 @pytest.mark.parametrize(
-    ("heads", "width", "dtype"),
-    [(16, 64, jnp.bfloat16), (32, 64, jnp.bfloat16), (16, 128, jnp.float32)],
-    ids=["150m", "1.3b", "wide float32"],
+    ("heads", "width", "dtype", "projections"),
+    [(16, 64, jnp.bfloat16, 64), (32, 64, jnp.bfloat16, 64), (16, 128, jnp.float32, 256)],
+    ids=["150m", "1.3b", "wide float32, two chunks"],
 )
-def test_memory_kernels_compile_for_a_tpu(topology, heads, width, dtype):
+def test_memory_kernels_compile_for_a_tpu(topology, heads, width, dtype, projections):
     def loss(x, q, initial, bias, starts):
         slow = Slow(None, None, q, None, None, None, bias, bias)
         y, _ = self_referential(
-            x, slow, initial, None, starts, chunk_memory=64, chunk_projections=64, form="pallas_tpu"
-        )
+            x, slow, initial, None, starts, chunk_memory=64, chunk_projections=projections,
+            form="pallas_tpu",
+        )  # fmt: skip
         k = q / jnp.linalg.norm(q.astype(jnp.float32), axis=-1, keepdims=True)
         gate = jax.nn.sigmoid(x[..., 0].astype(jnp.float32))
         z, _ = fast_kv(q, k.astype(dtype), x, gate, gate, None, starts, chunk=64, form="pallas_tpu")

@@ -307,7 +307,9 @@ def _sequence_specs(sequence, count=None):
     return Sequence(
         jax.tree.map(partial(_by_chunk, count=count), sequence.tokens),
         jax.tree.map(by_row, sequence.segments),
-        *jax.tree.map(scalars, (sequence.last, sequence.early, sequence.live)),
+        jax.tree.map(scalars, sequence.last),
+        jax.tree.map(scalars, sequence.early),
+        jax.tree.map(scalars, sequence.live),
         jax.tree.map(_by_head, sequence.states),
         jax.tree.map(_by_head, sequence.held),
         jax.tree.map(shared, sequence.origins),
