@@ -25,10 +25,9 @@ def normals(seed):
 
 def self_referential_call(
     time=37, position=None, starts=None, frozen=("q",), correlated=0.0, gate=1.0, batch=2, heads=2,
-    group=1, **options,
+    group=1, width=16, chunk=16, **options,
 ):  # fmt: skip
     """Everything that has a gradient, and the op as a function of it."""
-    width, chunk = 16, 16
     normal = normals(0)
     names = ("k", "v", "q", *GATES)
     x = normal(batch, time, heads, width) + correlated * normal(1, 1, heads, width)

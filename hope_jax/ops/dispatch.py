@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -36,6 +37,12 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def on_hopper() -> bool:
+    """Whether the function being traced will be compiled for a Hopper GPU (H100, H200, GH200)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return platform() == "gpu" and re.search(r"\bG?H\d+", device.device_kind) is not None
 
 
 def pick(forms: Mapping[str, Form], form: str, *call: Any) -> Callable[..., Any]:

@@ -35,8 +35,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array
 
+from hope_jax.ops.dispatch import on_hopper
 from hope_jax.ops.pallas import chunk as chunks
-from hope_jax.ops.pallas import walk
+from hope_jax.ops.pallas import hopper, walk
 from hope_jax.ops.pallas.chunk import Change, Plan, Values
 from hope_jax.ops.pallas.walk import Gradients, Sequence, View
 
@@ -128,7 +129,8 @@ def backward(
 
     After `prepare` and `recall` for all chunks at once: where nothing that tokens bring depends on
     states, as for fixed keys and values, the recurrence of the states' gradient, then the rest for
-    all chunks at once. Otherwise the rest needs the recurrence and is needed by it: `_unlearn`.
+    all chunks at once. Otherwise the rest needs the recurrence and is needed by it: `_unlearn`, or
+    on a Hopper GPU, for the plans it takes, `hopper.unlearn`.
 
     Args:
       plan: What was computed.
@@ -145,13 +147,20 @@ def backward(
       without) and of the bias (None without).
     """
     notes = _prepare(plan, sequence, starts, dy, launch)
+    widths = _keys(sequence), dy.shape[-1]
     given = {}
     if "q" not in plan.memories:
         given["q"] = notes.pop("dquery")
     weight = notes.pop("weight", 1)
     if plan.consults or sequence.origins is not None:
-        call = (plan, sequence, notes, starts, dy, dstates, dheld, launch)
-        dtokens, dstates, dheld, dorigins, dbias = _unlearn(*call)
+        if on_hopper() and hopper.takes(plan, *widths):
+            gradients, slopes = hopper.unlearn(plan, sequence, notes, starts, dstates)
+        else:
+            call = (plan, sequence, notes, starts, dy, dstates, dheld, launch)
+            gradients, slopes = _unlearn(*call)
+        dstates, dheld, dorigins = gradients
+        dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
+        dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
     else:
         dstates, afters = _push_back(plan, sequence, notes, dstates, launch)
         dtokens = _unlearn_at_once(plan, sequence, notes, starts, afters, launch)
@@ -207,7 +216,7 @@ def _prepare(plan, sequence, starts, dy, launch):
 
 
 def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
-    """Runs `chunk.unlearn` from the last chunk to the first, then `chunk.answer` on all.
+    """Runs `chunk.unlearn` and `chunk.charge` from the last chunk to the first.
 
     The memories of a head are programs of their own. Through what tokens say to all of them each
     needs what the others owe for a chunk before it goes on with the next; so every chunk is a
@@ -250,9 +259,7 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     dues = zeros(walk.shapes_of_share(plan, *widths), 2, learning)
     left = gradients, dues, zeros(walk.shapes_of_slopes(plan, *widths), count)
     gradients, _, slopes = jax.lax.fori_loop(0, count + 1, chunk, left)
-    dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
-    dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
-    return dtokens, *gradients, dbias
+    return gradients, slopes
 
 
 def _answer(plan, sequence, notes, starts, slopes, launch):

@@ -1,0 +1,56 @@
+"""What a Hopper GPU runs instead, interpreted with its barriers and copies."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public from jax 0.11 on
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from test_kernels import KERNEL, computed, self_referential_call, values_and_gradients
+
+from hope_jax.ops import fused
+from hope_jax.ops.pallas import gpu, hopper
+
+STARTS = {
+    "one document": {},
+    "documents begin inside chunks": {"starts": [[0, 70, 71, 191]]},
+}
+
+
+def call(starts=None):
+    """The op at the size that is made for Hopper, with arguments rounded to bfloat16."""
+    time = 192
+    if starts is not None:
+        starts = jnp.zeros((1, time), bool).at[0, jnp.array(starts[0])].set(True)
+    op, arguments = self_referential_call(
+        time=time, starts=starts, batch=1, heads=1, width=64, chunk=64, gate=0.5
+    )
+    x, slow, *rest = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
+    narrow = (x.astype(jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), slow), *rest)
+    return op, (x, slow, *rest), narrow
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
+    op, exact, narrow = call(**STARTS[case])
+    expected = computed(op, exact, "reference")
+    simulated = partial(hopper.unlearn, interpret=InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(hopper, "unlearn", simulated)
+    got = computed(op, narrow, KERNEL)
+    assert not gpu_callbacks.get_races().races_found
+    named = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, a), b in zip(named, jax.tree.leaves(got), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-6)
+        assert error < 2e-2, f"{jax.tree_util.keystr(path)}: {error:.3g}"
+
+
+def test_it_can_be_lowered_where_there_is_no_gpu(monkeypatch):
+    op, _, narrow = call()
+    monkeypatch.setattr(fused, "platform", lambda: gpu.PLATFORM)
+    monkeypatch.setattr(gpu, "on_hopper", lambda: True)
+    traced = jax.jit(partial(values_and_gradients, op, KERNEL)).trace(narrow)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
