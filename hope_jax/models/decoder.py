@@ -16,6 +16,7 @@ from hope_jax.modules.memory import AssociativeConfig
 from hope_jax.modules.nonparametric import NonparametricConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
 from hope_jax.modules.titans import TitansConfig
+from hope_jax.ops.continuum import KEPT
 from hope_jax.shapes import Activations, Logits, Starts, Tokens
 from hope_jax.sharding import constrain
 
@@ -40,7 +41,11 @@ def _is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
     )
 
 
-REMAT = {"dots": _is_product, "full": jax.checkpoint_policies.nothing_saveable}
+_levels = jax.checkpoint_policies.save_only_these_names(KEPT)
+REMAT = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(_is_product, _levels),
+    "full": _levels,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,9 @@ class ModelConfig:
         optimizer "dgd" delta gradient descent, "huber" goes with "ggd"; see `hope_jax.ops.linear`.
         All tokens of a batch count alike in it.
       remat: What the backward pass computes again: "none", all but matrix products and kernels of
-        sequence layers ("dots"), or "full" (everything but the blocks' inputs).
+        sequence layers ("dots"), or "full" (everything but the blocks' inputs). Neither goes from
+        chunk to chunk again in levels that learn in context: for each its answers are kept, and up
+        to twice as much of what it learned.
       unroll: Whether layers are compiled one by one rather than as a loop. A GPU then need not copy
         what is kept for the backward pass into and out of stacks, a tenth of a training step; to
         compile takes longer.

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import Form, pick
@@ -19,6 +20,14 @@ TOGETHER = 512
 UNROLL = 8
 """Steps from group to group that are compiled one by one: kernels then read a group where it is,
 which a loop would copy first."""
+
+KEPT = "continuum_level"
+"""What a policy of rematerialisation may keep of the form "together": the answers, the deltas that
+groups of chunks begin with if they are not many, and what joins chunks of a group. Without, the
+backward pass goes from group to group once more."""
+
+LARGEST = 2
+"""Deltas for each token and feature of an answer, up to which they are kept under that name."""
 
 Matrices = tuple[Array, ...]
 """The layers of a network, each `[P, I, O]`: P projections of one input, whose outputs are
@@ -446,7 +455,9 @@ def _from_nothing(setting, pace, weights, tokens, together):
 
 def _joined(setting, weights, whole, together):
     """How many of `whole` chunks are solved at a time; 0 where the next is not linear in each."""
-    if len(weights) > 1 or setting.outer is not None or setting.surprise or not together:
+    if len(weights) > 1 or setting.outer is not None or setting.surprise:
+        return 0
+    if whole < 2 or not together:
         return 0
     return min(max(1, together // setting.chunk), whole)
 
@@ -488,24 +499,33 @@ def _decays(pace: Pace, count: int) -> _Decays:
 class _Group(NamedTuple):
     """Groups of chunks, as the recurrence from group to group meets them.
 
-    A state Z is D, or D on top of the momentum. To the answers of a group it adds
-    `A = read Z + added`, and the group makes of it `decay Z - write^T (A + target)`.
+    A state Z is D, or D and the momentum. With `h` the inputs, tau the errors that a group teaches
+    and the sums over J, a group answers and makes of the state
+
+        y = slow + sum read (h Z) + ((I + lower)^-1 - I) tau'     tau' = tau without the last term
+        Z <- decay Z - h^T (write tau)
 
     Attributes:
-      read: The inputs h, weighted by what is left of Z, and mixed.
-      write: The inputs by the shares of their pairs' errors in the move; zero where one is no key.
-      size: No less than any number of a token in `write`.
-      target: Errors over the gain, without D.
-      added: What D adds to the answers at a Z of zero; None where that is nothing.
+      hidden: The inputs h.
+      slow: What the slow weights answer.
+      wanted: What should have been answered.
+      keys: Whether a token is the key of a pair.
+      read: What is left of Z at each token.
+      write: The shares of a pair's error in the move; zero where a token is no key.
+      size: No less than any number of a token in `write h^T`, over what it teaches.
+      lower: What pairs teach tokens of later chunks; None where the group is one chunk.
       decay: What is left of Z after the group.
       stay: Whether no document starts in it.
     """
 
-    read: Float[Array, "*G B S N"]
-    write: Float[Array, "*G B S N"]
+    hidden: Float[Array, "*G B S I"]
+    slow: Float[Array, "*G B S O"]
+    wanted: Float[Array, "*G B S O"]
+    keys: Bool[Array, "*G B S"]
+    read: Float[Array, "*G B S J"]
+    write: Float[Array, "*G B S J"]
     size: Float[Array, "*G B S"]
-    target: Float[Array, "*G B S V"]
-    added: Float[Array, "*G B S V"] | None
+    lower: Float[Array, "*G B R R"] | None
     decay: Float[Array, "*G B J J"]
     stay: Bool[Array, "*G B"]
 
@@ -520,60 +540,92 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
         A_t = (what the group's first deltas and momentum add) - sum_s L_ts / g (e_s + g A_s)
         L_ts = g later step_s <h_t, h_s>     s in an earlier chunk, and the same document, as t
 
-    so `A = A' + ((I + L)^-1 - I) (A' + e / g)` with A' the first part. All but the deltas of that
-    is computed for all groups at once, and two products are left from group to group, none for the
-    first to read and none for the last to move unless its memory is asked for.
+    so `A = A' + ((I + L)^-1 - I) (A' + e / g)` with A' the first part. The inverse is found for all
+    groups at once, and two products with the state and one with the inverse are left from group to
+    group, none with a state for the first and no move of the last unless its memory is asked for.
 
-    FLOPs a token: 4 I O from group to group; for groups of S > C tokens 2 S (2 I + O) beside. As
-    compiled for a GPU, levels of 256, 768 and 1536 hidden units that move every 64, 256 and 1024
-    tokens at width 1024 take 51 MFLOP and 0.62 MB a token and layer beside those of static ones, in
-    training with all rematerialised.
+    FLOPs a token: 4 I O from group to group; for groups of S > C tokens 2 S (I + O) beside. The
+    backward pass takes twice that, and keeps what it need not compute again then, see `KEPT`.
     """
-    size = joined * setting.chunk
+    size, gain = joined * setting.chunk, _gain(setting)
     following = jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0)))
     parts = jax.tree.map(lambda a: _chunks(a, size), tokens._replace(values=following))
     groups = jax.vmap(partial(_group, setting, pace, joined))(parts)
-    last = _at(groups, len(groups.stay) - 1)
-    state, said, finite = (a[None] for a in _nothing(_at(groups, 0)))
     if len(groups.stay) > 1:
-        more, later, finite = _recall(*groups)
-        state, said = later[None], jnp.concatenate([said, more])
-    state, end = _next(last, state[-1], said[-1])
+        y, state, finite = _recall(gain, groups)
+    else:
+        (y, state, finite), _ = _recall_forward(gain, groups)
+    last = _at(groups, len(y) - 1)
+    state, end = _next(last, state, _taught(gain, last, y[-1]))
     writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
-    y = jnp.moveaxis(parts.slow[:, :, :, 0] + said, 0, 1).reshape(*tokens.values.shape)
-    state = state.reshape(len(state), len(last.decay[0]), -1, state.shape[-1])
-    return y, fast._replace(
-        delta=(state[:, :1],),
-        momentum=None if fast.momentum is None else (state[:, 1:],),
+    state = tuple(z[:, None] for z in state)
+    return jnp.moveaxis(y, 0, 1).reshape(tokens.values.shape), fast._replace(
+        delta=state[:1],
+        momentum=None if fast.momentum is None else state[1:],
         writes=fast.writes + writes,
-        skipped=fast.skipped + joined * len(groups.stay) - writes,
+        skipped=fast.skipped + joined * len(y) - writes,
     )
 
 
-def _nothing(group: _Group):
-    """The state before the first group, what that adds to its answers, and no moves."""
-    shape = (len(group.read), group.read.shape[-1], group.target.shape[-1])
-    said = jnp.zeros_like(group.target) if group.added is None else group.added
-    return jnp.zeros(shape, _wide(group.read.dtype)), said, jnp.zeros_like(group.stay)
+def _gain(setting):
+    """How strongly what D adds is held against a pair: twice where moves erase."""
+    return 2 if setting.dgd else 1
 
 
-def _next(group: _Group, state, said):
+def _answer(gain, group: _Group, mixing, state):
+    """What a group answers from a state, None for nothing."""
+    y = group.slow.astype(_wide(group.slow.dtype))
+    if state is not None:
+        y = y + _weighted_sum(group.read, [_product_with(z, group.hidden) for z in state])
+    if mixing is not None:
+        y = y + _mixed(mixing, _taught(gain, group, y))
+    # Written once: all that goes on from here would else compute it again from its parts.
+    return jax.lax.optimization_barrier(y.astype(group.slow.dtype))
+
+
+def _taught(gain, group: _Group, y):
+    """By how much answers are wrong, over the gain and with what D adds whole; zero for no key."""
+    error = y.astype(_wide(y.dtype)) - group.wanted / gain
+    if gain > 1:
+        error = error - (1 - 1 / gain) * group.slow
+    return _where(group.keys, error).astype(group.slow.dtype)
+
+
+def _next(group: _Group, state, taught):
     """The state after a group, and whether its move is finite; if it is not, it is left out."""
-    taught = said + group.target
-    largest = jnp.sum(jnp.abs(taught).astype(state.dtype), -1)
+    largest = jnp.sum(jnp.abs(taught.astype(state[0].dtype)), -1)
     bound = jnp.sum(group.size * largest, -1) + jnp.sum(group.decay, (1, 2))
     finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
-    product = partial(jnp.einsum, preferred_element_type=state.dtype)
-    new = _mix(group.decay, state) - product("BSN,BSO->BNO", group.write, taught)
-    still = jnp.where(_rows(group.stay, state), state, 0)
-    return jnp.where(_rows(finite, new), new, still), finite
+    moves = _moves(group.hidden, group.write, taught)
+    new = [kept - move for kept, move in zip(_mix(group.decay, state), moves, strict=True)]
+    return tuple(
+        jnp.where(_rows(finite, a), a, jnp.where(_rows(group.stay, b), b, 0))
+        for a, b in zip(new, state, strict=True)
+    ), finite
 
 
-def _mix(decay: Float[Array, "B J J"], state: Float[Array, "B N O"]):
+def _moves(hidden, shares: Float[Array, "B S J"], array) -> list[Float[Array, "B I O"]]:
+    """Sums products of inputs and weighted rows over the tokens."""
+    weighed = [_weighed(w, array) for w in jnp.moveaxis(shares, -1, 0)]
+    return [jnp.einsum("BSI,BSO->BIO", hidden, rows) for rows in weighed]
+
+
+def _product_with(state: Float[Array, "B I O"], hidden: Float[Array, "B S I"]):
+    return jnp.einsum("BSI,BIO->BSO", hidden, state)
+
+
+def _weighed(shares: Float[Array, "B S"], array: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
+    return (shares[..., None] * array).astype(array.dtype)
+
+
+def _weighted_sum(shares: Float[Array, "B S J"], arrays):
+    return sum(w[..., None] * a for w, a in zip(jnp.moveaxis(shares, -1, 0), arrays, strict=True))
+
+
+def _mix(decay: Float[Array, "B J J"], state) -> list[Float[Array, "B I O"]]:
     """`decay state`, term by term: as a product it would be rounded."""
-    parts = jnp.split(state, decay.shape[1], axis=1)
-    rows = jnp.moveaxis(decay, 1, 0)[..., None, None]
-    return jnp.concatenate([sum(row[:, j] * z for j, z in enumerate(parts)) for row in rows], 1)
+    rows = jnp.moveaxis(decay, 0, 2)[..., None, None]
+    return [sum(share * z for share, z in zip(row, state, strict=True)) for row in rows]
 
 
 def _at(groups, index):
@@ -581,81 +633,127 @@ def _at(groups, index):
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, False), groups)
 
 
-@jax.custom_vjp
-def _recall(*groups):
-    """What D adds to the answers of groups but the first.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recall(gain, groups: _Group):
+    """What groups answer.
 
     Returns also the state before the last group's move, and which of the moves before it are
-    finite. The backward pass keeps the states that groups begin with, in the type of what is read.
+    finite. The backward pass keeps the states that groups begin with, in the type of what is read,
+    and what they teach, which follows from the answers.
     """
-    return _recall_forward(*groups)[0]
+    return _recall_forward(gain, groups)[0]
 
 
-def _recall_forward(*arrays):
-    groups = _Group(*arrays)
+def _recall_forward(gain, groups: _Group):
+    first, mixing = _at(groups, 0), None
+    if groups.lower is not None:
+        chunk = groups.hidden.shape[2] - groups.lower.shape[3]
+        invert = partial(_inverse_beside_one, chunk=chunk)
+        mixing = jax.vmap(invert)(groups.lower).astype(groups.hidden.dtype)
+        mixing = checkpoint_name(mixing, KEPT)
 
     def step(carry, _):
         # The index is carried, for one of an array would not be known where steps are unrolled.
-        index, state, said = carry
-        state, finite = _next(_at(groups, index), state, said)
-        after = _at(groups, index + 1)
-        kept = state.astype(after.read.dtype)
-        said = jnp.einsum("BSN,BNO->BSO", after.read, kept)
-        said = said if after.added is None else said + after.added
-        return (index + 1, state, said), (kept, said, finite)
+        index, state, y = carry
+        group = _at(groups, index)
+        state, finite = _next(group, state, _taught(gain, group, y))
+        kept = tuple(z.astype(groups.hidden.dtype) for z in state)
+        y = _answer(gain, _at(groups, index + 1), _at(mixing, index + 1), kept)
+        return (index + 1, state, y), (kept, y, finite)
 
-    carry = (0, *_nothing(_at(groups, 0))[:2])
+    begin = _answer(gain, first, _at(mixing, 0), None)
+    shape = (len(begin), first.hidden.shape[-1], begin.shape[-1])
+    count = first.read.shape[-1]
+    carry = (0, (jnp.zeros(shape, _wide(begin.dtype)),) * count, begin)
     steps = len(groups.stay) - 1
-    carry, (states, said, finite) = jax.lax.scan(step, carry, length=steps, unroll=UNROLL)
-    return (said, carry[1], finite), (groups, states, said, finite)
+    carry, (states, y, finite) = jax.lax.scan(step, carry, length=steps, unroll=UNROLL)
+    y = checkpoint_name(jnp.concatenate([begin[None], y]), KEPT)
+    if count * shape[1] <= LARGEST * first.hidden.shape[1]:
+        states = checkpoint_name(states, KEPT)
+    finite = checkpoint_name(finite, KEPT)
+    return (y, carry[1], finite), (groups, mixing, states, y, finite)
 
 
-def _recall_backward(kept, cotangents):
-    groups, states, said, finite = kept
-    d_said, d_state, _ = cotangents
-    first, steps = _at(groups, 0), len(states)
-    said = jnp.concatenate([_nothing(first)[1][None], said])
-    product = partial(jnp.einsum, preferred_element_type=d_state.dtype)
+def _recall_backward(gain, kept, cotangents):
+    groups, mixing, states, y, finite = kept
+    d_y, d_state, _ = cotangents
+    dtype, wide = d_y.dtype, d_state[0].dtype
+
+    def unmix(index, d_answer, taught):
+        """What is asked of answers before chunks of a group are joined, and of `lower`."""
+        if mixing is None:
+            return d_answer, None
+        d_before = d_answer + _unmixed(_at(mixing, index), d_answer)
+        return d_before, -_lower_products(groups.lower[0], d_before, taught)
+
+    def overlaps(array, others):
+        """The gradient of shares of an array."""
+        return jnp.stack([jnp.sum((array * one).astype(wide), -1) for one in others], -1)
 
     def step(carry, _):
-        index, d_state, d_taught = carry
-        group, moved = _at(groups, index), _at(finite, index)
-        d_added = _at(d_said, index) + d_taught
-        d_read = jnp.einsum("BSO,BNO->BSN", d_added, _at(states, index))
-        d_state = d_state + product("BSN,BSO->BNO", _at(groups.read, index + 1), d_added)
-        d_new = jnp.where(_rows(moved, d_state), d_state, 0)
-        d_decay = jax.vmap(_overlaps)(d_new, _at(states, jnp.maximum(index - 1, 0)), group.decay)
-        d_move = -d_new.astype(d_read.dtype)
-        d_taught = jnp.einsum("BSN,BNO->BSO", group.write, d_move)
-        d_write = jnp.einsum("BSO,BNO->BSN", _at(said, index) + group.target, d_move)
-        still = jnp.where(_rows(~moved & group.stay, d_state), d_state, 0)
-        d_state = _mix(jnp.swapaxes(group.decay, 1, 2), d_new) + still
-        return (index - 1, d_state, d_taught), (d_read, d_write, d_taught, d_added, d_decay)
+        index, d_state, d_answer, d_hidden, taught = carry
+        group = _at(groups, index)
+        d_before, d_lower = unmix(index, d_answer, taught)
+        d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
+        d_read = overlaps(group.hidden, d_seen)
+        d_hidden = (d_hidden + _weighted_sum(group.read, d_seen)).astype(dtype)
+        more = _moves(group.hidden, group.read, d_before)
+        d_state = [a + b for a, b in zip(d_state, more, strict=True)]
+        outcome = d_before, d_lower, d_read, d_hidden
 
-    carry = (steps - 1, d_state, jnp.zeros_like(first.target))
-    _, slopes = jax.lax.scan(step, carry, length=steps, reverse=True, unroll=UNROLL)
-    d_read, d_write, d_taught, d_added, d_decay = slopes
-    before, behind = ((1, 0), (0, 1))
-    if groups.added is not None:
-        groups = groups._replace(added=_beside(d_added, before).at[0].set(d_taught[0]))
-    return (
-        _beside(d_read, before),
-        _beside(d_write, behind),
-        jnp.zeros_like(groups.size),
-        _beside(d_taught, behind),
-        groups.added,
-        _beside(d_decay[1:], (1, 1)),
-        None,
+        group, moved = _at(groups, index - 1), _at(finite, index - 1)
+        taught = _taught(gain, group, _at(y, index - 1))
+        d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
+        before = _at(states, jnp.maximum(index - 2, 0))
+        d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
+        d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
+        d_move = [-d.astype(dtype) for d in d_new]
+        d_weighed = [_product_with(d, group.hidden) for d in d_move]
+        d_write = overlaps(taught, d_weighed)
+        d_answer = (_at(d_y, index - 1) + _weighted_sum(group.write, d_weighed)).astype(dtype)
+        d_written = [jnp.einsum("BSO,BIO->BSI", taught, d) for d in d_move]
+        d_hidden = _weighted_sum(group.write, d_written).astype(dtype)
+        d_state = tuple(
+            a + jnp.where(_rows(~moved & group.stay, b), b, 0)
+            for a, b in zip(_mix(jnp.swapaxes(group.decay, 1, 2), d_new), d_state, strict=True)
+        )
+        return (index - 1, d_state, d_answer, d_hidden, taught), (*outcome, d_write, d_decay)
+
+    last = len(d_y) - 1
+    nothing = jnp.zeros_like(groups.hidden[0])
+    carry = (last, d_state, d_y[-1], nothing, _taught(gain, _at(groups, last), y[-1]))
+    carry, slopes = jax.lax.scan(step, carry, length=last, reverse=True, unroll=UNROLL)
+    _, _, d_answer, d_hidden, taught = carry
+    d_before, d_lower, d_read, d_later, d_write, d_decay = slopes
+    first, d_first = unmix(0, d_answer, taught)
+    d_before = jnp.concatenate([first[None], d_before])
+    d_wanted = (d_y - d_before) / gain
+    front, behind = (1, 0), (0, 1)
+    slopes = _Group(
+        hidden=jnp.concatenate([d_hidden[None], d_later]),
+        slow=(d_y - d_wanted).astype(dtype),
+        wanted=d_wanted.astype(dtype),
+        keys=None,
+        read=_beside(d_read, front),
+        write=_beside(d_write, behind),
+        size=jnp.zeros_like(groups.size),
+        lower=None if mixing is None else jnp.concatenate([d_first[None], d_lower]),
+        decay=_beside(d_decay[1:], (1, 1)),
+        stay=None,
     )
+    return (slopes,)
 
 
 _recall.defvjp(_recall_forward, _recall_backward)
 
 
-def _overlaps(new: Float[Array, "N O"], old: Float[Array, "N O"], decay: Float[Array, "J J"]):
-    """The gradient of `_mix` by its table."""
-    rows, columns = (jnp.split(a.astype(decay.dtype), len(decay)) for a in (new, old))
-    return jnp.stack([jnp.stack([jnp.sum(r * c) for c in columns]) for r in rows])
+def _lower_products(like: Float[Array, "B R R"], rows, columns) -> Float[Array, "B R R"]:
+    """Products of the later tokens' rows and the earlier ones', of which `lower` has entries."""
+    size, part = rows.shape[1], like.shape[1]
+    product = partial(jnp.einsum, "BSO,BDO->BSD", preferred_element_type=like.dtype)
+    if 2 * part > size:  # where products that nobody needs are cheaper than copies
+        return product(rows, columns)[:, size - part :, :part]
+    return product(rows[:, size - part :], columns[:, :part])
 
 
 def _beside(array, groups: tuple[int, int]):
@@ -666,7 +764,7 @@ def _beside(array, groups: tuple[int, int]):
 def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     """Works out what does not depend on the state that a group begins with."""
     x, slow, values, starts, _ = tokens
-    wide, chunk, gain = _wide(x.dtype), setting.chunk, 2 if setting.dgd else 1
+    wide, chunk = _wide(x.dtype), setting.chunk
     batch, size = x.shape[:2]
     decays = _decays(pace, joined)
     keys = jnp.broadcast_to((jnp.arange(size) + 1) % chunk != 0, (batch, size))
@@ -674,11 +772,9 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     if starts is not None:
         document = jnp.cumsum(starts, -1)
         keys = keys & (document == jnp.repeat(document[:, chunk - 1 :: chunk], chunk, axis=1))
-    error = slow[:, :, 0].astype(wide) - values.astype(wide)
-    target = (_where(keys, error) / gain).astype(x.dtype)
     square = jnp.sum(_where(keys, x).astype(wide) ** 2, -1)
     energy = jnp.repeat(square.reshape(batch, -1, chunk).sum(-1), chunk, axis=1)
-    step = jnp.where(keys, gain * pace.rate / (1 + energy), 0)
+    step = jnp.where(keys, _gain(setting) * pace.rate / (1 + energy), 0)
 
     reads, writes = [decays.carry], [decays.later]
     table = decays.carry[-1:, None]
@@ -690,36 +786,27 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     seen = jnp.where(document == 0, 1, 0)
     learned = jnp.where(document == document[:, -1:], step, 0)
     # Repeated, not looked up: the gradient of a look-up adds up one number after the other.
-    seen = [seen * jnp.repeat(share[:joined], chunk) for share in reads]
-    learned = [learned * jnp.repeat(share[::-1], chunk) for share in writes]
-    read, write = (jnp.concatenate([_weighed(w, x) for w in ws], -1) for ws in (seen, learned))
-    largest = jax.lax.stop_gradient(sum(jnp.abs(w) for w in learned) * (1 + square))
-    added = None
-    if joined > 1:
-        mixing = _mixing(chunk, decays.later, x, step, document)
-        mix = partial(_mixed, mixing, chunk)
-        read, added = read + mix(read), mix(target)
-    table = _rows(stay, table[None]) * table
-    return _Group(read, write, largest, target, added, table, stay)
+    read = jnp.stack([seen * jnp.repeat(share[:joined], chunk) for share in reads], -1)
+    write = jnp.stack([learned * jnp.repeat(share[::-1], chunk) for share in writes], -1)
+    return _Group(
+        hidden=x,
+        slow=slow[:, :, 0],
+        wanted=values,
+        keys=keys,
+        # In a group of one chunk these are ones and zeros, whose gradient would be found in vain.
+        read=read if joined > 1 else jax.lax.stop_gradient(read),
+        write=write,
+        size=jax.lax.stop_gradient(jnp.sum(jnp.abs(write), -1) * (1 + square)),
+        lower=_lower(chunk, decays.later, x, step, document) if joined > 1 else None,
+        decay=_rows(stay, table[None]) * table,
+        stay=stay,
+    )
 
 
-def _mixed(mixing: Float[Array, "B R R"], chunk: int, array: Float[Array, "B S N"]):
-    """`mixing` times an array: nothing for the first chunk, and nothing of the last."""
-    if array.shape[1] > 2 * chunk:  # where products with zeros are cheaper than a copy
-        mixing = jnp.pad(mixing, ((0, 0), (chunk, 0), (0, chunk)))
-        return jnp.einsum("BSD,BDN->BSN", mixing, array)
-    rest = jnp.einsum("BSD,BDN->BSN", mixing, array[:, :chunk])
-    return jnp.pad(rest, ((0, 0), (chunk, 0), (0, 0)))
+def _lower(chunk: int, later, x, step, document) -> Float[Array, "B R R"]:
+    """The matrix L of `_together`, without the first chunk's rows and the last one's columns.
 
-
-def _weighed(shares: Float[Array, "B S"], x: Float[Array, "B S I"]) -> Float[Array, "B S I"]:
-    return (shares[..., None] * x).astype(x.dtype)
-
-
-def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B R R"]:
-    """Works out `(I + L)^-1 - I`, see `_together`.
-
-    Without the rows of the first chunk and the columns of the last, which are zero.
+    These are zero.
     """
     place = jnp.arange(x.shape[1] // chunk - 1)
     between = place[:, None] - place
@@ -730,8 +817,27 @@ def _mixing(chunk: int, later, x, step, document) -> Float[Array, "B R R"]:
         "BSI,BDI->BSD", x[:, rows], x[:, columns], preferred_element_type=step.dtype
     )
     lower = shares * overlap * step[:, None, columns]
-    lower = jnp.where(document[:, rows, None] == document[:, None, columns], lower, 0)
-    return _inverse_beside_one(lower, chunk).astype(x.dtype)
+    return jnp.where(document[:, rows, None] == document[:, None, columns], lower, 0)
+
+
+def _mixed(mixing: Float[Array, "B R R"], array: Float[Array, "B S N"]):
+    """`mixing` times an array: nothing for the first chunk, and nothing of the last."""
+    part, rest = mixing.shape[1], array.shape[1] - mixing.shape[1]
+    if part > rest:  # where products with zeros are cheaper than a copy
+        mixing = jnp.pad(mixing, ((0, 0), (rest, 0), (0, rest)))
+        return jnp.einsum("BSD,BDN->BSN", mixing, array)
+    product = jnp.einsum("BSD,BDN->BSN", mixing, array[:, :part])
+    return jnp.pad(product, ((0, 0), (rest, 0), (0, 0)))
+
+
+def _unmixed(mixing: Float[Array, "B R R"], array: Float[Array, "B S N"]):
+    """The transpose of `_mixed`."""
+    part, rest = mixing.shape[1], array.shape[1] - mixing.shape[1]
+    if part > rest:
+        mixing = jnp.pad(mixing, ((0, 0), (rest, 0), (0, rest)))
+        return jnp.einsum("BSD,BSN->BDN", mixing, array)
+    product = jnp.einsum("BSD,BSN->BDN", mixing, array[:, rest:])
+    return jnp.pad(product, ((0, 0), (0, rest), (0, 0)))
 
 
 def _inverse_beside_one(lower: Float[Array, "B R R"], chunk: int) -> Float[Array, "B R R"]:
@@ -746,7 +852,7 @@ def _inverse_beside_one(lower: Float[Array, "B R R"], chunk: int) -> Float[Array
     first = second = None
     if size > half:
         second = _inverse_beside_one(lower[:, half:, half:], chunk)
-        corner = corner + _mixed(second, chunk, corner)
+        corner = corner + _mixed(second, corner)
     if half > chunk:
         first = _inverse_beside_one(lower[:, : half - chunk, : half - chunk], chunk)
         more = jnp.einsum("BSD,BDE->BSE", corner[:, :, chunk:], first)
