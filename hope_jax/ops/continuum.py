@@ -499,6 +499,8 @@ def _decays(pace: Pace, count: int) -> _Decays:
 class _Group(NamedTuple):
     """Groups of chunks, as the recurrence from group to group meets them.
 
+    Of many, the first three attributes stand side by side in time; the others have an axis of them.
+
     A state Z is D, or D and the momentum. With `h` the inputs, tau the errors that a group teaches
     and the sums over J, a group answers and makes of the state
 
@@ -518,16 +520,16 @@ class _Group(NamedTuple):
       stay: Whether no document starts in it.
     """
 
-    hidden: Float[Array, "*G B S I"]
-    slow: Float[Array, "*G B S O"]
-    wanted: Float[Array, "*G B S O"]
-    keys: Bool[Array, "*G B S"]
-    read: Float[Array, "*G B S J"]
-    write: Float[Array, "*G B S J"]
-    size: Float[Array, "*G B S"]
-    lower: Float[Array, "*G B R R"] | None
-    decay: Float[Array, "*G B J J"]
-    stay: Bool[Array, "*G B"]
+    hidden: Float[Array, "B S I"]
+    slow: Float[Array, "B S O"]
+    wanted: Float[Array, "B S O"]
+    keys: Bool[Array, "B *G S"]
+    read: Float[Array, "B *G S J"]
+    write: Float[Array, "B *G S J"]
+    size: Float[Array, "B *G S"]
+    lower: Float[Array, "B *G R R"] | None
+    decay: Float[Array, "B *G J J"]
+    stay: Bool[Array, " B *G"]
 
 
 def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
@@ -548,22 +550,27 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
     backward pass takes twice that, and keeps what it need not compute again then, see `KEPT`.
     """
     size, gain = joined * setting.chunk, _gain(setting)
-    following = jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    parts = jax.tree.map(lambda a: _chunks(a, size), tokens._replace(values=following))
-    groups = jax.vmap(partial(_group, setting, pace, joined))(parts)
-    if len(groups.stay) > 1:
+    batch = len(tokens.x)
+    parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[2:]), (tokens.x, tokens.starts))
+    tables = _group(setting, pace, joined, *parts)
+    groups = jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:]), tables)._replace(
+        hidden=tokens.x,
+        slow=tokens.slow[:, :, 0],
+        wanted=jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0))),
+    )
+    if groups.stay.shape[1] > 1:
         y, state, finite = _recall(gain, groups)
     else:
         (y, state, finite), _ = _recall_forward(gain, groups)
-    last = _at(groups, len(y) - 1)
-    state, end = _next(last, state, _taught(gain, last, y[-1]))
+    last = _group_at(groups, groups.stay.shape[1] - 1)
+    state, end = _next(last, state, _taught(gain, last, y[:, -size:]))
     writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
     state = tuple(z[:, None] for z in state)
-    return jnp.moveaxis(y, 0, 1).reshape(tokens.values.shape), fast._replace(
+    return y, fast._replace(
         delta=state[:1],
         momentum=None if fast.momentum is None else state[1:],
         writes=fast.writes + writes,
-        skipped=fast.skipped + joined * len(y) - writes,
+        skipped=fast.skipped + joined * groups.stay.shape[1] - writes,
     )
 
 
@@ -629,8 +636,33 @@ def _mix(decay: Float[Array, "B J J"], state) -> list[Float[Array, "B I O"]]:
 
 
 def _at(groups, index):
-    """One group of many."""
+    """One of what the recurrence has stacked."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, False), groups)
+
+
+def _time_at(array: Float[Array, "B T N"], index, size: int) -> Float[Array, "B S N"]:
+    """A group's part of what has them side by side in time."""
+    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis=1)
+
+
+def _table_at(tables, index):
+    """One group's of what has an axis of them."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 1, False), tables)
+
+
+def _group_at(groups: _Group, index) -> _Group:
+    size = groups.keys.shape[-1]
+    tables = groups._replace(hidden=None, slow=None, wanted=None)
+    return _table_at(tables, index)._replace(
+        hidden=_time_at(groups.hidden, index, size),
+        slow=_time_at(groups.slow, index, size),
+        wanted=_time_at(groups.wanted, index, size),
+    )
+
+
+def _in_time(array: Float[Array, "G B S N"]) -> Float[Array, "B T N"]:
+    """Puts groups side by side in time."""
+    return jnp.moveaxis(array, 0, 1).reshape(array.shape[1], -1, array.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -645,29 +677,29 @@ def _recall(gain, groups: _Group):
 
 
 def _recall_forward(gain, groups: _Group):
-    first, mixing = _at(groups, 0), None
+    first, mixing = _group_at(groups, 0), None
     if groups.lower is not None:
-        chunk = groups.hidden.shape[2] - groups.lower.shape[3]
-        invert = partial(_inverse_beside_one, chunk=chunk)
-        mixing = jax.vmap(invert)(groups.lower).astype(groups.hidden.dtype)
+        chunk = groups.keys.shape[-1] - groups.lower.shape[-1]
+        inverse = _inverse_beside_one(groups.lower.reshape(-1, *groups.lower.shape[2:]), chunk)
+        mixing = inverse.reshape(groups.lower.shape).astype(groups.hidden.dtype)
         mixing = checkpoint_name(mixing, KEPT)
 
     def step(carry, _):
         # The index is carried, for one of an array would not be known where steps are unrolled.
         index, state, y = carry
-        group = _at(groups, index)
+        group = _group_at(groups, index)
         state, finite = _next(group, state, _taught(gain, group, y))
         kept = tuple(z.astype(groups.hidden.dtype) for z in state)
-        y = _answer(gain, _at(groups, index + 1), _at(mixing, index + 1), kept)
+        y = _answer(gain, _group_at(groups, index + 1), _table_at(mixing, index + 1), kept)
         return (index + 1, state, y), (kept, y, finite)
 
-    begin = _answer(gain, first, _at(mixing, 0), None)
+    begin = _answer(gain, first, _table_at(mixing, 0), None)
     shape = (len(begin), first.hidden.shape[-1], begin.shape[-1])
     count = first.read.shape[-1]
     carry = (0, (jnp.zeros(shape, _wide(begin.dtype)),) * count, begin)
-    steps = len(groups.stay) - 1
+    steps = groups.stay.shape[1] - 1
     carry, (states, y, finite) = jax.lax.scan(step, carry, length=steps, unroll=UNROLL)
-    y = checkpoint_name(jnp.concatenate([begin[None], y]), KEPT)
+    y = checkpoint_name(jnp.concatenate([begin, _in_time(y)], 1), KEPT)
     if count * shape[1] <= LARGEST * first.hidden.shape[1]:
         states = checkpoint_name(states, KEPT)
     finite = checkpoint_name(finite, KEPT)
@@ -677,14 +709,14 @@ def _recall_forward(gain, groups: _Group):
 def _recall_backward(gain, kept, cotangents):
     groups, mixing, states, y, finite = kept
     d_y, d_state, _ = cotangents
-    dtype, wide = d_y.dtype, d_state[0].dtype
+    dtype, wide, size = d_y.dtype, d_state[0].dtype, groups.keys.shape[-1]
 
     def unmix(index, d_answer, taught):
         """What is asked of answers before chunks of a group are joined, and of `lower`."""
         if mixing is None:
             return d_answer, None
-        d_before = d_answer + _unmixed(_at(mixing, index), d_answer)
-        return d_before, -_lower_products(groups.lower[0], d_before, taught)
+        d_before = d_answer + _unmixed(_table_at(mixing, index), d_answer)
+        return d_before, -_lower_products(groups.lower[:, 0], d_before, taught)
 
     def overlaps(array, others):
         """The gradient of shares of an array."""
@@ -692,7 +724,7 @@ def _recall_backward(gain, kept, cotangents):
 
     def step(carry, _):
         index, d_state, d_answer, d_hidden, taught = carry
-        group = _at(groups, index)
+        group = _group_at(groups, index)
         d_before, d_lower = unmix(index, d_answer, taught)
         d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
         d_read = overlaps(group.hidden, d_seen)
@@ -701,8 +733,8 @@ def _recall_backward(gain, kept, cotangents):
         d_state = [a + b for a, b in zip(d_state, more, strict=True)]
         outcome = d_before, d_lower, d_read, d_hidden
 
-        group, moved = _at(groups, index - 1), _at(finite, index - 1)
-        taught = _taught(gain, group, _at(y, index - 1))
+        group, moved = _group_at(groups, index - 1), _at(finite, index - 1)
+        taught = _taught(gain, group, _time_at(y, index - 1, size))
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
         before = _at(states, jnp.maximum(index - 2, 0))
         d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
@@ -710,34 +742,36 @@ def _recall_backward(gain, kept, cotangents):
         d_move = [-d.astype(dtype) for d in d_new]
         d_weighed = [_product_with(d, group.hidden) for d in d_move]
         d_write = overlaps(taught, d_weighed)
-        d_answer = (_at(d_y, index - 1) + _weighted_sum(group.write, d_weighed)).astype(dtype)
+        d_answer = _time_at(d_y, index - 1, size) + _weighted_sum(group.write, d_weighed)
         d_written = [jnp.einsum("BSO,BIO->BSI", taught, d) for d in d_move]
         d_hidden = _weighted_sum(group.write, d_written).astype(dtype)
         d_state = tuple(
             a + jnp.where(_rows(~moved & group.stay, b), b, 0)
             for a, b in zip(_mix(jnp.swapaxes(group.decay, 1, 2), d_new), d_state, strict=True)
         )
-        return (index - 1, d_state, d_answer, d_hidden, taught), (*outcome, d_write, d_decay)
+        carry = index - 1, d_state, d_answer.astype(dtype), d_hidden, taught
+        return carry, (*outcome, d_write, d_decay)
 
-    last = len(d_y) - 1
-    nothing = jnp.zeros_like(groups.hidden[0])
-    carry = (last, d_state, d_y[-1], nothing, _taught(gain, _at(groups, last), y[-1]))
+    last = groups.stay.shape[1] - 1
+    nothing = jnp.zeros_like(groups.hidden[:, :size])
+    taught = _taught(gain, _group_at(groups, last), y[:, -size:])
+    carry = last, d_state, d_y[:, -size:], nothing, taught
     carry, slopes = jax.lax.scan(step, carry, length=last, reverse=True, unroll=UNROLL)
     _, _, d_answer, d_hidden, taught = carry
     d_before, d_lower, d_read, d_later, d_write, d_decay = slopes
     first, d_first = unmix(0, d_answer, taught)
-    d_before = jnp.concatenate([first[None], d_before])
+    d_before = jnp.concatenate([first, _in_time(d_before)], 1)
     d_wanted = (d_y - d_before) / gain
     front, behind = (1, 0), (0, 1)
     slopes = _Group(
-        hidden=jnp.concatenate([d_hidden[None], d_later]),
+        hidden=jnp.concatenate([d_hidden, _in_time(d_later)], 1),
         slow=(d_y - d_wanted).astype(dtype),
         wanted=d_wanted.astype(dtype),
         keys=None,
         read=_beside(d_read, front),
         write=_beside(d_write, behind),
         size=jnp.zeros_like(groups.size),
-        lower=None if mixing is None else jnp.concatenate([d_first[None], d_lower]),
+        lower=None if mixing is None else _stacked([d_first[None], d_lower]),
         decay=_beside(d_decay[1:], (1, 1)),
         stay=None,
     )
@@ -756,14 +790,18 @@ def _lower_products(like: Float[Array, "B R R"], rows, columns) -> Float[Array, 
     return product(rows[:, size - part :], columns[:, :part])
 
 
+def _stacked(arrays) -> Array:
+    """Gives what the recurrence has stacked the axis of groups that tables have."""
+    return jnp.moveaxis(jnp.concatenate(arrays), 0, 1)
+
+
 def _beside(array, groups: tuple[int, int]):
-    """Puts groups of zeros in front and behind."""
-    return jnp.pad(array, (groups, *((0, 0),) * (array.ndim - 1)))
+    """As `_stacked`, with groups of zeros in front and behind."""
+    return jnp.moveaxis(jnp.pad(array, (groups, *((0, 0),) * (array.ndim - 1))), 0, 1)
 
 
-def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
-    """Works out what does not depend on the state that a group begins with."""
-    x, slow, values, starts, _ = tokens
+def _group(setting, pace, joined: int, x: Float[Array, "B S I"], starts) -> _Group:
+    """Works out the tables, which do not depend on the state that a group begins with."""
     wide, chunk = _wide(x.dtype), setting.chunk
     batch, size = x.shape[:2]
     decays = _decays(pace, joined)
@@ -789,9 +827,9 @@ def _group(setting, pace, joined: int, tokens: _Tokens) -> _Group:
     read = jnp.stack([seen * jnp.repeat(share[:joined], chunk) for share in reads], -1)
     write = jnp.stack([learned * jnp.repeat(share[::-1], chunk) for share in writes], -1)
     return _Group(
-        hidden=x,
-        slow=slow[:, :, 0],
-        wanted=values,
+        hidden=None,
+        slow=None,
+        wanted=None,
         keys=keys,
         # In a group of one chunk these are ones and zeros, whose gradient would be found in vain.
         read=read if joined > 1 else jax.lax.stop_gradient(read),
