@@ -138,7 +138,7 @@ def forward(name, options):
 
 def decode(name, options):
     """Returns the records of writing one row, and 64."""
-    model = load(name, options).model.build()
+    model = load(name, options, "model.unroll=true").model.build()
     few, many = (60, 252) if options.tiny else (188, 700)
     records = []
     for rows in (1, 64):

@@ -162,6 +162,35 @@ def test_bfloat16_stays_close_to_float32(name):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "unroll"),
+    [
+        ("hope", "bfloat16", False),
+        ("hope", "float32", True),
+        ("attention_in_context", "float32", True),
+    ],
+)
+def test_a_model_laid_out_for_steps_says_the_same(name, dtype, unroll):
+    tokens, starts = draw()
+    model = replace(MODELS[name], dtype=dtype, unroll=unroll).build(seed=3)
+    memory = jax.jit(model.hidden)(tokens[:, :5], model.initial_memory(2))[1]
+
+    @jax.jit
+    def laid_out(tokens, memory, starts):
+        steps, memory = model.for_steps(memory)
+        assert steps.unembedding.dtype == dtype
+        logits, memory = steps(tokens, memory, starts)
+        return logits, model.after_steps(memory)
+
+    step = jax.jit(model.__call__)
+    tolerance = 0 if dtype == "bfloat16" else 1e-5
+    for t in range(5, 10):
+        now = tokens[:, [t]], memory, starts[:, [t]]
+        logits, memory = step(*now)
+        same = partial(chex.assert_trees_all_close, rtol=tolerance, atol=tolerance)
+        same(laid_out(*now), (logits, memory))
+
+
 @pytest.mark.parametrize(("remat", "unroll"), [("dots", False), ("full", True)])
 def test_neither_rematerialisation_nor_unrolled_layers_change_a_gradient(remat, unroll):
     params, learn = taught("hope")

@@ -71,6 +71,12 @@ class Toy(Decoder):
         memory, hidden = jax.lax.scan(step, memory, inputs)
         return jnp.swapaxes(hidden, 0, 1), memory
 
+    def for_steps(self, memory):
+        return self, memory
+
+    def after_steps(self, memory):
+        return memory
+
     def __call__(self, tokens, memory=None, starts=None):
         hidden, memory = self.hidden(tokens, memory, starts)
         return hidden @ self.unembedding.T, memory

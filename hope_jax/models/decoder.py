@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -72,8 +73,9 @@ class ModelConfig:
         chunk to chunk again in levels that learn in context: for each its answers are kept, and up
         to twice as much of what it learned.
       unroll: Whether layers are compiled one by one rather than as a loop. A GPU then need not copy
-        what is kept for the backward pass into and out of stacks, a tenth of a training step; to
-        compile takes longer.
+        what is kept for the backward pass into and out of stacks, a tenth of a training step, nor
+        memories when a text is written, a quarter of a step of many rows; to compile takes longer,
+        and a memory that is written with is there twice.
     """
 
     mixer: MixerConfig
@@ -240,6 +242,12 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B 1 D"], memory: Memory, starts: Starts | None
     ) -> tuple[Float[Array, "B 1 D"], Memory]:
         """`tower` for one token, whose cost is memory: each layer's is changed where it lies."""
+        if isinstance(memory, list):
+            after = []
+            for block, own in zip(self.blocks, memory, strict=True):
+                x, own = block(x, own, starts)
+                after.append(own)
+            return self.norm(x), after
 
         def layer(x_and_memory, block_and_index):
             (x, memory), (block, index) = x_and_memory, block_and_index
@@ -253,6 +261,35 @@ class Decoder(nnx.Module):
         layers = self.blocks, jnp.arange(self.config.layers)
         (x, memory), _ = jax.lax.scan(layer, (x, memory), layers, unroll=self.config.unroll)
         return self.norm(x), memory
+
+    def for_steps(self, memory: Memory) -> tuple["Decoder", Memory]:
+        """Lays this model and a memory out for many calls with one token each, which say the same.
+
+        Matrices and tables are rounded once, as every product with them would. Where layers are
+        unrolled they lie apart, and so do their memories: of a stack each call would copy them.
+        """
+        graphdef, params = nnx.split(self, nnx.Param)
+        dtype = jnp.dtype(self.config.dtype)
+
+        def rounded(leaf):
+            product = leaf.get_metadata("role") in ("matrix", "embedding")
+            return leaf.replace(leaf[...].astype(dtype)) if product else leaf
+
+        params = jax.tree.map(rounded, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        model = nnx.merge(graphdef, params)
+        if not self.config.unroll:
+            return model, memory
+
+        def layers(stacks):
+            return [jax.tree.map(itemgetter(i), stacks) for i in range(self.config.layers)]
+
+        blocks = layers(model.blocks)
+        model.blocks = nnx.List(blocks)
+        return model, layers(memory)
+
+    def after_steps(self, memory: Memory) -> Memory:
+        """The memory that other calls take, of one that `for_steps` has laid out."""
+        return jax.tree.map(lambda *own: jnp.stack(own), *memory) if self.config.unroll else memory
 
     def __call__(
         self, tokens: Tokens, memory: Memory = None, starts: Starts | None = None

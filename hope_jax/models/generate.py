@@ -285,13 +285,13 @@ def _read_chunk(graphdef, params, memory, tokens, starts):
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="memory")
 def _read_tokens(graphdef, params, memory, tokens, starts, count):
-    model = nnx.merge(graphdef, params)
+    model, memory = nnx.merge(graphdef, params).for_steps(memory)
 
     def step(t, memory):
         token, start = _at(tokens, t), None if starts is None else _at(starts, t)
         return model.hidden(token, memory, start)[1]
 
-    return jax.lax.fori_loop(0, count, step, memory)
+    return model.after_steps(jax.lax.fori_loop(0, count, step, memory))
 
 
 @partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
@@ -303,7 +303,8 @@ def _write_block(
     ahead: Int[Array, "B steps"],
 ) -> tuple[_Decoding, Int[Array, "B steps"]]:
     """Takes up to `steps` steps, fewer if all rows are done; `ahead` holds the prompts' next."""
-    model = nnx.merge(graphdef, params)
+    model, memory = nnx.merge(graphdef, params).for_steps(state.memory)
+    state = state._replace(memory=memory)
 
     def unfinished(loop):
         i, state, _ = loop
@@ -326,7 +327,7 @@ def _write_block(
 
     tokens = jnp.full(ahead.shape, _NOTHING, jnp.int32)
     _, state, tokens = jax.lax.while_loop(unfinished, step, (0, state, tokens))
-    return state, tokens
+    return state._replace(memory=model.after_steps(state.memory)), tokens
 
 
 def _own(graphdef: nnx.GraphDef, params: dict, rows: int, memory: Memory | None) -> Memory:
