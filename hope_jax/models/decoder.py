@@ -74,8 +74,8 @@ class ModelConfig:
         to twice as much of what it learned.
       unroll: Whether layers are compiled one by one rather than as a loop. A GPU then need not copy
         what is kept for the backward pass into and out of stacks, a tenth of a training step, nor
-        memories when a text is written, a quarter of a step of many rows; to compile takes longer,
-        and a memory that is written with is there twice.
+        memories when text is written; to compile takes longer, and memories that text is written
+        with are there twice.
     """
 
     mixer: MixerConfig
