@@ -48,8 +48,8 @@ class DataConfig:
       split: What is held out where the source does not say.
       window: Targets in a row of a training batch (T); a batch holds one token more.
       batch: Rows of a batch (B), over all processes.
-      isolate_documents: Whether a document's start closes the memory; otherwise `starts` is
-        False everywhere and a model reads on.
+      isolate_documents: Whether a document's start closes the memory; otherwise a batch has no
+        `starts` and a model reads on.
       seed: The order of the training windows.
       workers: Processes that read ahead; 0 reads with threads, which is enough for text.
       prefetch: Batches that wait on the device.
@@ -139,7 +139,8 @@ class DataConfig:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=_sharding(shape, mesh))
 
         long, weights = self.window + 1, lay(self.window, np.float32) if weighted else None
-        return Batch(lay(long, np.int32), lay(long, bool), weights)
+        starts = lay(long, bool) if self.isolate_documents else None
+        return Batch(lay(long, np.int32), starts, weights)
 
     def _streams(self, source: SingleSource, tokenizer: Tokenizer) -> dict[str, Stream]:
         if isinstance(source, RecallConfig):
@@ -255,7 +256,7 @@ class Data:
                     padded(stream, index * window, window=window, bos=self.tokenizer.bos)
                     for index in (step * batch + self._placement.rows).tolist()
                 ]
-                yield _stack(read, isolate=self.config.isolate_documents, weighted=True)
+                yield _stack(read, weighted=True)
 
         return Batches(pieces(), self._placement, ahead=self.config.prefetch, steps=steps)
 
@@ -302,7 +303,7 @@ class TrainingBatches:
     def __getitem__(self, index: int) -> Piece:
         first = (self._start + int(index)) * self._config.batch
         read = [self._windows[first + row] for row in self._rows.tolist()]
-        return _stack(read, isolate=self._config.isolate_documents, weighted=self._weighted)
+        return _stack(read, weighted=self._weighted)
 
     # See `Windows`.
     def __repr__(self) -> str:
@@ -387,17 +388,20 @@ class Placement(NamedTuple):
     Attributes:
       rows: Their numbers.
       batch: How many rows a batch has, over all processes.
+      isolate: Whether documents are told apart.
       mesh: The devices; None for the default device.
     """
 
     rows: Int[np.ndarray, " R"]
     batch: int
+    isolate: bool
     mesh: Mesh | None
 
     def put(self, piece: Piece) -> Batch:
         """Lays what this process read on its devices."""
         weights = None if piece.weights is None else self._put(piece.weights[:, 1:])
-        return Batch(self._put(piece.tokens), self._put(piece.starts), weights)
+        starts = self._put(piece.starts) if self.isolate else None
+        return Batch(self._put(piece.tokens), starts, weights)
 
     def _put(self, local: np.ndarray) -> jax.Array:
         if self.mesh is None:
@@ -408,11 +412,11 @@ class Placement(NamedTuple):
 
 def _place(config: DataConfig, mesh: Mesh | None) -> Placement:
     """Finds the rows of a batch that lie on devices of this process."""
-    batch = config.batch
+    batch, isolate = config.batch, config.isolate_documents
     if mesh is None:
         if jax.process_count() > 1:
             raise ValueError("several processes need a mesh in use: `with sharding.use(mesh):`")
-        return Placement(np.arange(batch), batch, None)
+        return Placement(np.arange(batch), batch, isolate, None)
     for name, axis, size in (("batch", "batch", batch), ("window", "time", config.window)):
         pieces = sharding.pieces(axis, mesh)
         if size % pieces:
@@ -423,7 +427,7 @@ def _place(config: DataConfig, mesh: Mesh | None) -> Placement:
     shape = (batch, 1)
     shards = _sharding(shape, mesh).addressable_devices_indices_map(shape).values()
     rows = {row for index in shards if index for row in range(*index[0].indices(batch))}
-    return Placement(np.array(sorted(rows)), batch, mesh)
+    return Placement(np.array(sorted(rows)), batch, isolate, mesh)
 
 
 def _sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -431,10 +435,10 @@ def _sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     return sharding.named(("batch", None), shape, mesh)
 
 
-def _stack(pieces: Sequence[Piece], *, isolate: bool, weighted: bool) -> Piece:
+def _stack(pieces: Sequence[Piece], *, weighted: bool) -> Piece:
     """Makes one piece with a leading axis of many, as a batch needs it."""
     tokens = np.stack([piece.tokens for piece in pieces])
-    starts = np.stack([piece.starts for piece in pieces]) & isolate
+    starts = np.stack([piece.starts for piece in pieces])
     return Piece(tokens, starts, np.stack([weigh(p) for p in pieces]) if weighted else None)
 
 
