@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from test_kernels import KERNEL, computed, self_referential_call, values_and_gradients
 
 from hope_jax.ops import fused
-from hope_jax.ops.pallas import gpu, hopper
+from hope_jax.ops.pallas import gpu, hopper_backward, hopper_forward, hopper_prepare
 
 STARTS = {
     "one document": {},
@@ -36,9 +36,18 @@ def call(starts=None):
 def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
     op, exact, narrow = call(**STARTS[case])
     expected = computed(op, exact, "reference")
-    simulated = partial(hopper.unlearn, interpret=InterpretGPUParams(detect_races=True))
+
+    def simulated(run):
+        watched = InterpretGPUParams(detect_races=True)
+        return lambda *arguments, **options: run(*arguments, **options, interpret=watched)
+
     monkeypatch.setattr(gpu, "on_hopper", lambda: True)
-    monkeypatch.setattr(hopper, "unlearn", simulated)
+    for module, name in (
+        (hopper_forward, "forward"),
+        (hopper_prepare, "prepare"),
+        (hopper_backward, "unlearn"),
+    ):
+        monkeypatch.setattr(module, name, simulated(getattr(module, name)))
     got = computed(op, narrow, KERNEL)
     assert not gpu_callbacks.get_races().races_found
     named = jax.tree_util.tree_leaves_with_path(expected)

@@ -37,7 +37,7 @@ from jaxtyping import Array
 
 from hope_jax.ops.dispatch import on_hopper
 from hope_jax.ops.pallas import chunk as chunks
-from hope_jax.ops.pallas import hopper, walk
+from hope_jax.ops.pallas import hopper, hopper_backward, hopper_forward, hopper_prepare, walk
 from hope_jax.ops.pallas.chunk import Change, Plan, Values
 from hope_jax.ops.pallas.walk import Gradients, Sequence, View
 
@@ -89,7 +89,10 @@ def forward(
       `[B, H, N, V, K]`, as operands (None unless kept).
     """
     like = _like_tokens(sequence)
-    batch, time, heads, _ = like.shape
+    batch, time, heads, keys = like.shape
+    if on_hopper() and hopper.takes(plan, keys, sequence.states["memory"].shape[2]):
+        y, states, starts = hopper_forward.forward(plan, sequence, keep=keep)
+        return y, states, None, starts
     states = jax.tree.map(_like, sequence.states)
     starts = {
         name: jax.ShapeDtypeStruct(
@@ -130,7 +133,7 @@ def backward(
     After `prepare` and `recall` for all chunks at once: where nothing that tokens bring depends on
     states, as for fixed keys and values, the recurrence of the states' gradient, then the rest for
     all chunks at once. Otherwise the rest needs the recurrence and is needed by it: `_unlearn`, or
-    on a Hopper GPU, for the plans it takes, `hopper.unlearn`.
+    on a Hopper GPU, for the plans it takes, `hopper_backward.unlearn`.
 
     Args:
       plan: What was computed.
@@ -146,25 +149,26 @@ def backward(
       unless the plan holds), and, per row of the batch, `[B, H, ...]`, of the origins (None
       without) and of the bias (None without).
     """
-    notes = _prepare(plan, sequence, starts, dy, launch)
-    widths = _keys(sequence), dy.shape[-1]
-    given = {}
-    if "q" not in plan.memories:
-        given["q"] = notes.pop("dquery")
-    weight = notes.pop("weight", 1)
-    if plan.consults or sequence.origins is not None:
-        if on_hopper() and hopper.takes(plan, *widths):
-            gradients, slopes = hopper.unlearn(plan, sequence, notes, starts, dstates)
-        else:
+    notes, weight, slopes = {}, 1, None
+    if on_hopper() and hopper.takes(plan, _keys(sequence), dy.shape[-1]):
+        noted = hopper_prepare.prepare(plan, sequence, starts, dy)
+        given = {"q": noted.pop("dquery")}
+        gradients, slopes = hopper_backward.unlearn(plan, sequence, noted, starts, dstates)
+    else:
+        notes = _prepare(plan, sequence, starts, dy, launch)
+        given = {} if "q" in plan.memories else {"q": notes.pop("dquery")}
+        weight = notes.pop("weight", 1)
+        if plan.consults or sequence.origins is not None:
             call = (plan, sequence, notes, starts, dy, dstates, dheld, launch)
             gradients, slopes = _unlearn(*call)
+        else:
+            dstates, afters = _push_back(plan, sequence, notes, dstates, launch)
+            dtokens = _unlearn_at_once(plan, sequence, notes, starts, afters, launch)
+            dheld = dorigins = dbias = None
+    if slopes is not None:
         dstates, dheld, dorigins = gradients
         dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
         dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
-    else:
-        dstates, afters = _push_back(plan, sequence, notes, dstates, launch)
-        dtokens = _unlearn_at_once(plan, sequence, notes, starts, afters, launch)
-        dheld = dorigins = dbias = None
     dorigins = walk.read_by_origin(plan, sequence, notes, weight, dy, dorigins)
     return dtokens | given, dstates, dheld, dorigins, dbias
 

@@ -1,0 +1,447 @@
+"""Undoes memories on a Hopper GPU in one launch, through Mosaic: a warpgroup for each memory.
+
+On its way back through the chunks a memory needs what all the others owe (`chunk.unlearn`). Here
+they are neighbours: what they tell each other stays in shared memory. They go through a chunk in
+four phases, between which all wait for all:
+
+1. each for its memory: what is owed for its writes, and for its targets;
+2. each a sum over all memories, whose products one accumulator takes: what is owed for values, for
+   keys by what was added and by what was found, and for pairs of tokens;
+3. what tokens said is undone as far as it is in proportion to that (`chunk.charge`);
+4. each for its memory: the gradient of its state at the chunk's start.
+
+The gradients of origins are sums over tokens, for which registers do not suffice: what is owed goes
+to memory, and one more launch adds it up.
+
+Cost for each token of a head with 64 features: 53 products of two 64 x 64 matrices for a chunk,
+0.43 MFLOPs, and 3.4 kB read and written, and half as much again for the origins; 0.15 and 0.8 ms of
+an H100 for a batch of 8 x 4,096 tokens with 16 heads.
+"""
+
+import itertools
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as mosaic
+from jax.experimental.pallas import triton
+
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, Values
+from hope_jax.ops.pallas.hopper import (
+    BY_COLUMN,
+    BY_ROW,
+    MATRIX,
+    MEMORIES,
+    SIZE,
+    SQUARE,
+    Desk,
+    Tiles,
+    by_column,
+    by_row,
+    fetch_start,
+    narrow,
+    put,
+    room_for,
+    whole,
+    wide,
+)
+from hope_jax.ops.pallas.hopper_lesson import GATES, KEYS, MAIN, PLACES, places_of
+from hope_jax.ops.pallas.hopper_prepare import COLUMNS
+from hope_jax.ops.pallas.walk import Gradients, Sequence
+
+ROOM = dict.fromkeys(("origin", "after", "state", "delta", "owed", "target"), len(MEMORIES)) | {
+    "pull": 1,
+    "key": 1,
+    "value": 1,
+}
+"""Matrices in shared memory:
+
+- origin: the origins;
+- after: the gradients of the states after the chunk, as operands;
+- state: the states at the chunk's start; after phase 2 the first takes what the tokens are;
+- delta: what tokens added; after phase 2 what is found of keys, then the slope of k; the slope
+  of v; pairs, then keys as the chunk's first state sees them; spans, then the slope of gates;
+- owed: what is owed for writes, times minus the write gate;
+- target: what is owed for targets;
+- pull, key, value: what all memories read of the chunk.
+"""
+
+
+class Full(NamedTuple):
+    """Barriers that say that what was asked for has come; see `ROOM`."""
+
+    origin: Any
+    state: Any
+    delta: Any
+    tokens: Any
+    shared: Any
+
+
+def unlearn(
+    plan: Plan,
+    sequence: Sequence,
+    notes: Values,
+    starts: Values,
+    dstates: Values,
+    *,
+    interpret: Any = False,
+) -> tuple[Gradients, Values]:
+    """Runs `chunk.unlearn` and `chunk.charge` from the last chunk to the first.
+
+    Args:
+      plan: What was computed; `hopper.takes` it.
+      sequence: What was read.
+      notes: What `hopper_prepare.prepare` noted.
+      starts: The states at the chunks' starts.
+      dstates: The gradients of the states after the last token.
+      interpret: False, or how Mosaic is to interpret the kernel.
+
+    Returns:
+      The gradients of the states before the tokens and of the origins; what `chunk.charge` returns.
+    """
+    place = batch, heads, count = starts["memory"].shape[:3]
+    given = {name: note for name, note in notes.items() if name != "dquery"}
+    given |= {
+        "x": sequence.tokens["x"],
+        "state": [starts[name].reshape(-1, *starts[name].shape[3:]) for name in MEMORIES],
+        "origin": [whole(sequence.origins[name]) for name in MEMORIES],
+        "after": jnp.stack([whole(dstates[name]) for name in MEMORIES], 2),
+        "shift": jnp.zeros(1, jnp.int32),
+    }
+    if plan.segmented:
+        given["places"] = places_of(sequence, count)
+    rows = jax.ShapeDtypeStruct((batch * heads * count, *SQUARE), plan.operand)
+    each = jax.ShapeDtypeStruct((len(MEMORIES), *rows.shape), plan.operand)
+    out = {
+        "k": rows,
+        "v": rows,
+        "gates": jax.ShapeDtypeStruct((rows.shape[0], 2, SIZE), jnp.float32),
+        "states": jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32),
+        "owed": each,
+        "target": each,
+    }
+    tiles, places = room_for(plan, ROOM)
+    full = Full(*(mosaic.Barrier(num_barriers=n) for n in (4, 4, 4, 1, 3)))
+    out = mosaic.kernel(
+        partial(_unlearn_kernel, plan, places, heads, count, bool(interpret)),
+        out_type=out,
+        scratch_types=(
+            tiles,
+            mosaic.SMEM((6, SIZE), jnp.float32),
+            full,
+            mosaic.Barrier(num_arrivals=len(MEMORIES)),
+        ),
+        grid=(heads, batch),
+        grid_names=("head", "row"),
+        num_threads=len(MEMORIES),
+        thread_name="memory",
+        interpret=interpret,
+    )(given)
+    gates = jnp.pad(jnp.swapaxes(out["gates"], 1, 2), [(0, 0), (0, 0), (0, GATE_ROWS - 2)])
+    slopes = {"k": out["k"], "v": out["v"], "gates": gates}
+    slopes = {name: slope.reshape(*place, *slope.shape[1:]) for name, slope in slopes.items()}
+    states = {name: narrow(name, out["states"][:, :, m]) for m, name in enumerate(MEMORIES)}
+    wide_gates = jnp.pad(gates, [(0, 0), (0, 0), (0, SIZE - GATE_ROWS)]).astype(plan.operand)
+    said = [out["owed"], out["target"], out["k"], out["v"], wide_gates]
+    asked = [notes["key"], notes["value"], sequence.tokens["x"]]
+    origins = _blame(said, asked, place, interpret)
+    origins = {name: narrow(name, origins[:, :, m]) for m, name in enumerate(MEMORIES)}
+    return Gradients(states, None, origins), slopes
+
+
+def _blame(slopes, rows, place, interpret):
+    """Hands gradients of what origins answered to them, `[B, H, memories, V, K]`.
+
+    Args:
+      slopes: What is owed for writes and for targets, `[memories, B * H * N, C, V]`, and the slopes
+        of k, v and the gates, `[B * H * N, C, V]`.
+      rows: What the origins were asked: keys and values `[B * H * N, C, K]`, tokens `[B, T, H, K]`.
+      place: B, H, N.
+      interpret: Whether to interpret the kernel instead of compiling it.
+    """
+    batch, heads, count = place
+    slopes = [slope.reshape(*slope.shape[:-3], *place, *SQUARE) for slope in slopes]
+    rows = [*(row.reshape(*place, *SQUARE) for row in rows[:2]), rows[2]]
+
+    def kernel(owed, target, k, v, gates, key, value, x, origins):
+        def add(n, total, slope):
+            tokens = x[pl.ds(n * SIZE, SIZE)]
+            pairs = [(owed[n], key[n]), (target[n], value[n])]
+            pairs += [] if slope is None else [(slope[n], tokens)]
+            for left, right in pairs:
+                total += jax.lax.dot_general(
+                    left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+                )
+            return total
+
+        for m, slope in enumerate((k, v, None, gates)):
+
+            @pl.when(pl.program_id(2) == m)
+            def _(slope=slope):
+                zeros = jnp.zeros(SQUARE, jnp.float32)
+                origins[...] = jax.lax.fori_loop(0, count, partial(add, slope=slope), zeros)
+
+    chunks = (count, *SQUARE)
+    of_one = pl.BlockSpec((None, None, None, *chunks), lambda h, b, m: (m, b, h, 0, 0, 0))
+    of_all = pl.BlockSpec((None, None, *chunks), lambda h, b, _: (b, h, 0, 0, 0))
+    x = pl.BlockSpec((None, count * SIZE, None, SIZE), lambda h, b, _: (b, 0, h, 0))
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32),
+        grid=(heads, batch, len(MEMORIES)),
+        in_specs=[of_one, of_one, *[of_all] * 5, x],
+        out_specs=pl.BlockSpec((None, None, None, *SQUARE), lambda h, b, m: (b, h, m, 0, 0)),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=bool(interpret),
+        name="memory_blame",
+    )(*slopes, *rows)
+
+
+def _unlearn_kernel(
+    plan, places, heads, count, interpret, given, out, ref, vectors, full, together
+):  # fmt: skip
+    """Goes through all chunks of a head; see `unlearn`."""
+    desk = Desk(interpret)
+    b, h, me = (jax.lax.axis_index(name) for name in ("row", "head", "memory"))
+    every, shared = range(len(MEMORIES)), ("pull", "key", "value")
+
+    shift, times = given["shift"][0], itertools.count()
+
+    def fresh(n):
+        """See `hopper_lesson.Lesson.fresh`."""
+        return Tiles(ref, places, shift & (n + next(times)))
+
+    def meet():
+        mosaic.barrier_arrive(together)
+        mosaic.barrier_wait(together)
+
+    def number(n):
+        return (b * heads + h) * count + n
+
+    def fetch_state(i, first=False):
+        barriers = [full.state.at[m] for m in every]
+        fetch_start(desk, me, fresh(i), given["state"], i, barriers, first)
+
+    def fetch_delta(i):
+        source, barrier = given["delta"].at[me, i], full.delta.at[me]
+        mosaic.copy_gmem_to_smem(source, fresh(i)("delta", me), barrier)
+
+    def fetch_shared(name, n):
+        @pl.when(me == shared.index(name))
+        def _():
+            source, barrier = given[name].at[number(n)], full.shared.at[shared.index(name)]
+            mosaic.copy_gmem_to_smem(source, fresh(n)(name), barrier)
+
+    def column(i, name, layout=BY_ROW):
+        return desk.read(given["columns"].at[i, COLUMNS.index(name)], layout)
+
+    def place_of(n, name, layout=BY_ROW):
+        return desk.read(given["places"].at[b, n, PLACES.index(name)], layout)
+
+    def vector(place):
+        return by_column(desk.read(vectors.at[place], BY_COLUMN, far=False))
+
+    def matrix(name, i):
+        return desk.read(given[name].at[i], MATRIX)
+
+    def of_main(name, i):
+        """What is noted of the memory that is read; zeros for the others."""
+        zeros = desk.hold(jnp.zeros(SQUARE, plan.operand))
+        return jax.lax.cond(me == MAIN, partial(matrix, name, i), lambda: zeros)
+
+    def keep(tiles, after):
+        """Lays a gradient where the others read it, and returns what rounding takes of it."""
+        rounded = after.astype(plan.operand)
+        put(tiles("after", me), rounded)
+        desk.commit()
+        return (after - rounded.astype(jnp.float32)).astype(plan.operand)
+
+    def owe(i):
+        """Phase 1."""
+        tiles, write, ddelta = fresh(i), column(i, "write"), of_main("ddelta", i)
+        target = desk.read(given["target"].at[me, i], MATRIX)
+        mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+        mosaic.barrier_wait(full.shared.at[shared.index("pull")])
+        owed = desk.dot((tiles("pull"), desk.turn(tiles("after", me))))
+        owed = (owed + wide(ddelta)) * by_row(write)
+        target = wide(target)
+
+        def unscale():
+            along = jnp.sum(owed * target, 1)
+            place = COLUMNS.index("scale_k") + jnp.minimum(me, MAIN)
+            scale = desk.read(given["columns"].at[i, place], BY_ROW)
+            return (owed - target * by_row(along)) * by_row(scale)
+
+        def unscale_gates():
+            rest = 1 - target * target
+            return owed * rest * rest * jax.lax.rsqrt(jnp.maximum(rest, 1e-30))
+
+        put(tiles("owed", me), -owed)
+        put(tiles("target", me), jax.lax.cond(me == GATES, unscale_gates, unscale))
+        for m in every:
+            mosaic.barrier_wait(full.state.at[m])
+        put(vectors.at[me], jnp.sum(wide(tiles("after", me)) * wide(tiles("state", me)), 1))
+        desk.commit()
+        for kind in ("owed", "target"):
+            mosaic.copy_smem_to_gmem(tiles(kind, me), out[kind].at[me, i])
+
+    def owe_values(n, i):
+        """Phase 2 of the first warpgroup: what is owed for values."""
+        tiles = fresh(i)
+        begun = place_of(n, "open") if plan.segmented else None
+        slope = desk.dot(*((tiles("target", m), tiles("state", m)) for m in every))
+        if begun is not None:
+            slope *= by_row(begun)
+        slope = desk.dot(*((tiles("target", m), tiles("origin", m)) for m in every), start=slope)
+        meet()
+        put(tiles("delta", 1), slope)
+        put(out["v"].at[i], slope)
+        source = given["x"].at[b, pl.ds(n * SIZE, SIZE), h]
+        mosaic.copy_gmem_to_smem(source, tiles("state"), full.tokens)
+        desk.commit()
+        meet()
+
+    def owe_pushed(n, i):
+        """Phases 2 and 3 of the second: what is owed for keys."""
+        del n
+        tiles, kept = fresh(i), column(i, "after")
+        slope = desk.dot(*((tiles("delta", m), tiles("after", m)) for m in every))
+        slope *= by_row(kept)
+        put(vectors.at[4], jnp.sum(wide(tiles("key")) * slope, 1))
+        desk.commit()
+        meet()
+        dkey, scale, before = matrix("dkey", i), column(i, "key_scale"), column(i, "before")
+        meet()
+        tiles = fresh(i)
+        key, pairs = tiles("key"), tiles("delta", 2)
+        slope = desk.dot((pairs, key), (desk.turn(pairs), key), start=slope)
+        slope += wide(dkey) + wide(tiles("delta"))
+        unit = wide(key)
+        slope -= unit * by_row(jnp.sum(slope * unit, 1))
+        slope *= by_row(scale)
+        put(tiles("delta"), slope)
+        put(out["k"].at[i], slope)
+        put(tiles("delta", 2), unit * by_row(before))
+        desk.commit()
+
+    def owe_found(n, i):
+        """Phase 2 of the third: what is owed for keys by what was found to be erased."""
+        del n
+        tiles, before = fresh(i), column(i, "before")
+        slope = desk.dot(*((tiles("owed", m), tiles("state", m)) for m in every))
+        slope *= by_row(before)
+        put(vectors.at[0], sum(desk.read(vectors.at[m], BY_ROW, far=False) for m in every))
+        put(vectors.at[5], jnp.sum(wide(tiles("key")) * slope, 1))
+        slope = desk.dot(*((tiles("owed", m), tiles("origin", m)) for m in every), start=slope)
+        meet()
+        put(tiles("delta"), slope)
+        desk.commit()
+        meet()
+
+    def owe_pairs(n, i):
+        """Phases 2 and 3 of the last: what is owed for pairs of tokens, and for gates."""
+        tiles = fresh(i)
+        row, line = desk.grid(tiles.shift)
+        write, key = column(i, "write"), tiles("key")
+        arrival, departure = column(i, "arrival"), column(i, "departure", BY_COLUMN)
+        same = None
+        if plan.segmented:
+            same = by_row(place_of(n, "number")) == by_column(place_of(n, "number", BY_COLUMN))
+
+        def within(mask, found):
+            return jnp.where(mask if same is None else mask & same, found, 0.0)
+
+        pairs = desk.dot(*((tiles("owed", m), desk.turn(tiles("delta", m))) for m in every))
+        step = jnp.sum(jnp.where(row == line, -pairs, 0.0), 1) / jnp.maximum(write, 1e-30)
+        left = by_row(arrival) - by_column(departure)
+        pairs *= within(row > line, jnp.exp(within(row > line, left)))
+        pairs = pairs.astype(plan.operand)
+        spans = pairs.astype(jnp.float32) * desk.dot((key, desk.turn(key)))
+        meet()
+        put(tiles("delta", 2), pairs)
+        put(tiles("delta", 3), spans)
+        desk.commit()
+        through, forget, dlog = (column(i, name) for name in ("through", "forget", "dlog"))
+        meet()
+        tiles = fresh(i)
+        row, line = desk.grid(tiles.shift)
+        later = jnp.where(row < line, 1.0, 0.0).astype(plan.operand)
+        log = jnp.where(row > line, desk.dot((later, tiles("delta", 3))), 0.0)
+        log += within(row > line, vector(4)) + within(row < line, vector(5))
+        if plan.segmented:
+            through *= place_of(n, "ending")
+        log += by_row(through) * vector(0)
+        log = jnp.sum(log, 1) + dlog
+        step *= 1 - write / plan.write_max
+        log *= forget
+        put(out["gates"].at[i, 0], step)
+        put(out["gates"].at[i, 1], log)
+        slope = jnp.where(line == 0, by_row(step), jnp.where(line == 1, by_row(log), 0.0))
+        put(tiles("delta", 3), slope)
+        desk.commit()
+
+    def settle(n, i, after, through, dstate):
+        """Phase 4: the gradient of the state at the chunk's start."""
+        tiles = fresh(i)
+        targets, slopes, owed = tiles("target", me), tiles("delta", me), tiles("owed", me)
+        if plan.segmented:
+            begun = by_row(place_of(n, "open"))
+            mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+            put(targets, begun * wide(targets))
+            desk.when(me != MAIN, lambda: put(slopes, begun * wide(slopes)))
+            desk.commit()
+        after = after.astype(jnp.float32) + wide(tiles("after", me))
+        after = after * by_row(through) + wide(dstate)
+        asked = (desk.turn(owed), tiles("delta", 2)), (desk.turn(targets), tiles("value"))
+        after = desk.dot(*asked, start=after)
+        answer = partial(desk.dot, (desk.turn(slopes), tiles("state")), start=after)
+        after = jax.lax.cond(me == MAIN, lambda: after, answer)
+        return keep(tiles, after)
+
+    def chunk(done, after):
+        n = count - 1 - done
+        i, more = number(n), pl.when(n > 0)
+        owe(i)
+        meet()
+        more(lambda: fetch_shared("pull", n - 1))
+        for barrier in [full.shared.at[shared.index("key")], *(full.delta.at[m] for m in every)]:
+            mosaic.barrier_wait(barrier)
+        for m, role in enumerate((owe_values, owe_pushed, owe_found, owe_pairs)):
+            pl.when(me == m)(partial(role, n, i))
+        through, dstate = column(i, "through"), of_main("dstate", i)
+        meet()
+        more(lambda: desk.when(me != KEYS, lambda: fetch_state(i - 1)))
+        mosaic.barrier_wait(full.shared.at[shared.index("value")])
+        mosaic.barrier_wait(full.tokens)
+        after = settle(n, i, after, through, dstate)
+        meet()
+
+        @more
+        def _():
+            fetch_delta(i - 1)
+            fetch_shared("key", n - 1)
+            fetch_shared("value", n - 1)
+            desk.when(me == KEYS, lambda: fetch_state(i - 1))
+
+        return after
+
+    for m in every:
+
+        @pl.when(me == m)
+        def _(m=m):
+            origin, barrier = given["origin"][m].at[h], full.origin.at[m]
+            mosaic.copy_gmem_to_smem(origin, fresh(0)("origin", m), barrier)
+
+    fetch_state(number(count - 1), first=True)
+    fetch_delta(number(count - 1))
+    for name in shared:
+        fetch_shared(name, count - 1)
+    after = desk.read(given["after"].at[b, h, me], MATRIX)
+    after = keep(fresh(0), after)
+    for m in every:
+        mosaic.barrier_wait(full.origin.at[m])
+    after = jax.lax.fori_loop(0, count, chunk, after)
+    put(out["states"].at[b, h, me], after.astype(jnp.float32) + wide(fresh(0)("after", me)))
+    mosaic.wait_smem_to_gmem(0)

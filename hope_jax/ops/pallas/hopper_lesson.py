@@ -1,0 +1,236 @@
+"""What tokens of a chunk say to memories on a Hopper GPU, up to what they would add."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hope_jax.ops.pallas.chunk import Plan
+from hope_jax.ops.pallas.hopper import (
+    BY_COLUMN,
+    BY_ROW,
+    MEMORIES,
+    SIZE,
+    Desk,
+    Tiles,
+    by_column,
+    by_row,
+    put,
+)
+
+KEYS, VALUES, MAIN, GATES = range(len(MEMORIES))
+"""The warpgroups by what they do for all."""
+
+VECTORS = ("write", "log", "arrival", "departure", "before", "after", "through")
+"""What there is of each token as one number, in shared memory; see `chunk.Lesson`."""
+
+PLACES = ("number", "open", "ending", "whole")
+"""Where tokens lie: see `chunk.Place`; whether theirs is the last document; all if no other is."""
+
+CORNERS = (2, 4, 8, 16, 32)
+"""Sizes of blocks that are merged, but for the first, of one token each."""
+
+ROOM = dict.fromkeys(("origin", "state", "delta"), len(MEMORIES)) | {
+    "x": 1,
+    "q": 1,
+    "key": 1,
+    "value": 1,
+    "inverse": 1,
+    "corner": len(CORNERS),
+}
+"""Matrices in shared memory: origins, states at the chunk's start, what tokens add; what they are
+and read with; keys, values; `chunk.Lesson.inverse`; what of it merges blocks of each size."""
+
+
+def ignore(name: str, value: Any, memory: Any = None) -> None:
+    """Does nothing with what is told."""
+    del name, value, memory
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Phases of a chunk, as functions of its number; see `hopper_forward`.
+
+    Attributes:
+      plan: What is computed.
+      desk: Tools.
+      given: What there is to read: bias, and if the plan is segmented places `[B, N, names, C]`.
+      tiles: Where matrices lie.
+      vectors: Where vectors lie.
+      row: Which row of the batch.
+      head: Which head.
+      memory: Which warpgroup this is.
+      tell: Called with names and values: forget, key_scale, scale_k, scale_v and scale_memory for
+        each token, and the target of a memory.
+      times: Counts `fresh`.
+    """
+
+    plan: Plan
+    desk: Desk
+    given: dict[str, Any]
+    tiles: Tiles
+    vectors: Any
+    row: Any
+    head: Any
+    memory: Any
+    tell: Callable[..., None] = ignore
+    times: Any = field(default_factory=itertools.count)
+
+    def fresh(self, n: Any) -> Tiles:
+        """Addresses of tiles, which are not those that another call returned."""
+        return self.tiles._replace(shift=self.tiles.shift & (n + next(self.times)))
+
+    def vector(self, name, layout=BY_ROW):
+        """A matrix of what there is of each token, for each row or column."""
+        found = self.desk.read(self.vectors.at[VECTORS.index(name)], layout, far=False)
+        return (by_row if layout is BY_ROW else by_column)(found)
+
+    def place(self, n, name, layout=BY_ROW):
+        """Where tokens lie, as a matrix of what there is of each."""
+        found = self.desk.read(self.given["places"].at[self.row, n, PLACES.index(name)], layout)
+        return (by_row if layout is BY_ROW else by_column)(found)
+
+    def same(self, n):
+        """Whether the tokens of a row and of a column belong to one document."""
+        return self.place(n, "number") == self.place(n, "number", BY_COLUMN)
+
+    def later(self, n, found):
+        """Zero but where the token of the row comes later in the document of the column's."""
+        row, line = self.desk.grid(self.fresh(n).shift)
+        seen = row > line
+        if self.plan.segmented:
+            seen = seen & self.same(n)
+        return jnp.where(seen, found, 0.0)
+
+    def decay(self, n):
+        """See `chunk.Lesson.decay`."""
+        left = self.later(n, self.vector("arrival") - self.vector("departure", BY_COLUMN))
+        return self.later(n, jnp.exp(left))
+
+    def consult(self, tiles, n, rows, memory):
+        """What a memory says of rows; since their document began, its origin."""
+        said = self.desk.dot((rows, self.desk.turn(tiles("state", memory))))
+        if self.plan.segmented:
+            said *= self.place(n, "open")
+        return self.desk.dot((rows, self.desk.turn(tiles("origin", memory))), start=said)
+
+    def say(self, n):
+        """Phase 1: keys, values, and what the gates let through."""
+        tiles = self.fresh(n)
+        said = self.consult(tiles, n, tiles("x"), self.memory)
+
+        def say_key():
+            scale = jax.lax.rsqrt(jnp.sum(said * said, 1) + 1e-6)
+            put(tiles("key"), said * by_row(scale))
+            self.tell("key_scale", scale)
+
+        self.desk.when(self.memory == KEYS, say_key)
+        self.desk.when(self.memory == VALUES, lambda: put(tiles("value"), said))
+        self.desk.when(self.memory == GATES, lambda: self.weigh(n, said))
+        self.desk.commit()
+
+    def weigh(self, n, logits):
+        """What the gates let through, and what is left of it when; see `chunk.attend`."""
+        row, line = self.desk.grid(self.fresh(n).shift)
+        write, retain = (
+            jnp.sum(jnp.where(line == gate, logits, 0.0), 1)
+            + self.given["bias"][self.head, 0, gate]
+            for gate in (0, 1)
+        )
+        self.tell("forget", 1 / (1 + jnp.exp(retain)))
+        small = jnp.exp(-jnp.abs(retain))
+        rest = 1 + small  # log1p: the logarithm corrected for the digits that this sum loses
+        log = jnp.log(rest) * (small / jnp.maximum(rest - 1, 1e-30))
+        log = jnp.minimum(retain, 0.0) - jnp.where(rest == 1, small, log)
+        put(self.vectors.at[VECTORS.index("log")], log)
+        logs, seen = self.vector("log", BY_COLUMN), row >= line
+        ending = logs
+        if self.plan.segmented:
+            seen = seen & self.same(n)
+            ending *= self.place(n, "ending", BY_COLUMN)
+        departure, last = jnp.sum(jnp.where(seen, logs, 0.0), 1), jnp.sum(ending, 1)
+        weights = {
+            "write": self.plan.write_max / (1 + jnp.exp(-write)),
+            "arrival": departure - log,
+            "departure": departure,
+            "before": jnp.exp(departure - log),
+            "after": jnp.exp(last - departure),
+            "through": jnp.exp(last),
+        }
+        if self.plan.segmented:
+            for name, where in (("before", "open"), ("after", "ending"), ("through", "whole")):
+                there = self.desk.read(
+                    self.given["places"].at[self.row, n, PLACES.index(where)], BY_ROW
+                )
+                weights[name] = jnp.where(there > 0, weights[name], 0.0)
+        for name, weight in weights.items():
+            put(self.vectors.at[VECTORS.index(name)], weight)
+            self.tell(name, weight)
+
+    def invert(self, n):
+        """Phase 2 of the last; see `chunk._unit_lower_inverse`."""
+        tiles, operand = self.fresh(n), self.plan.operand
+        row, line = self.desk.grid(tiles.shift)
+        lower = self.desk.dot((tiles("key"), self.desk.turn(tiles("key"))))
+        lower *= self.decay(n) * self.vector("write")
+        differ = row ^ line
+        for i, size in enumerate(CORNERS):
+            corners = (differ >= size) & (differ < 2 * size)
+            put(tiles("corner", i), jnp.where(corners, lower, 0.0))
+        inverse = jnp.where(differ == 0, 1.0, jnp.where(differ == 1, -lower, 0.0)).astype(operand)
+        for i in range(len(CORNERS)):
+            put(tiles("inverse"), inverse)
+            self.desk.commit()
+            half = self.desk.dot((inverse, tiles("corner", i))).astype(operand)
+            inverse -= self.desk.dot((half, tiles("inverse"))).astype(operand)
+        put(tiles("inverse"), inverse)
+        self.desk.commit()
+
+    def compare(self, n, memory):
+        """Phase 2: what tokens want a memory to say less what it says, as it weighs."""
+        tiles = self.fresh(n)
+        target = self.consult(tiles, n, tiles("value"), memory)
+
+        def scale_gates():
+            return target * jax.lax.rsqrt(target * target + 1)
+
+        def scale():
+            scale = jax.lax.rsqrt(jnp.sum(target * target, 1) + 1e-6)
+            self.tell("scale", scale, memory)
+            return target * by_row(scale)
+
+        target = jax.lax.cond(memory == GATES, scale_gates, scale)
+        self.tell("target", target, memory)
+        key, turn = tiles("key"), self.desk.turn
+        found = self.desk.dot((key, turn(tiles("state", memory)))) * self.vector("before")
+        found = self.desk.dot((key, turn(tiles("origin", memory))), start=found)
+        put(tiles("delta", memory), (target - found) * self.vector("write"))
+        self.desk.commit()
+
+    def settle(self, n, meet):
+        """Phases 1 and 2; `meet` waits for all."""
+        self.say(n)
+        meet()
+        self.desk.when(self.memory == GATES, lambda: self.invert(n))
+        self.desk.when(self.memory != GATES, lambda: self.compare(n, self.memory))
+        self.desk.when(self.memory == KEYS, lambda: self.compare(n, GATES))
+
+    def reach(self, n):
+        """What a read sees: weights of earlier writes, and of the chunk's first state."""
+        weights, before = self.decay(n), self.vector("before")
+        if self.plan.read == "current":
+            row, line = self.desk.grid(self.fresh(n).shift)
+            own = jnp.exp(self.vector("departure") - self.vector("arrival"))
+            weights, before = jnp.where(row == line, 1.0, own * weights), own * before
+        return weights, before
+
+
+def places_of(sequence, count):
+    """Where the tokens of each chunk lie, `[B, N, names, C]`."""
+    number = sequence.segments.reshape(-1, count, SIZE)
+    last = sequence.last[:, :, None]
+    alone = jnp.broadcast_to(last == 0, number.shape)
+    return jnp.stack([number, number == 0, number == last, alone], 2).astype(jnp.float32)
