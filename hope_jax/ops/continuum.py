@@ -579,10 +579,10 @@ def _gain(setting):
     return 2 if setting.dgd else 1
 
 
-def _answer(gain, group: _Group, mixing, state):
-    """What a group answers from a state, None for nothing."""
+def _answer(gain, group: _Group, mixing, state: tuple[Float[Array, "B I O"], ...]):
+    """What a group answers from a state, which is empty before the first."""
     y = group.slow.astype(_wide(group.slow.dtype))
-    if state is not None:
+    if state:
         y = y + _weighted_sum(group.read, [_product_with(z, group.hidden) for z in state])
     if mixing is not None:
         y = y + _mixed(mixing, _taught(gain, group, y))
@@ -677,32 +677,41 @@ def _recall(gain, groups: _Group):
 
 
 def _recall_forward(gain, groups: _Group):
-    first, mixing = _group_at(groups, 0), None
+    mixing, hidden = None, groups.hidden
     if groups.lower is not None:
         chunk = groups.keys.shape[-1] - groups.lower.shape[-1]
         inverse = _inverse_beside_one(groups.lower.reshape(-1, *groups.lower.shape[2:]), chunk)
-        mixing = inverse.reshape(groups.lower.shape).astype(groups.hidden.dtype)
+        mixing = inverse.reshape(groups.lower.shape).astype(hidden.dtype)
         mixing = checkpoint_name(mixing, KEPT)
+
+    def answer(index, state):
+        kept = tuple(z.astype(hidden.dtype) for z in state)
+        return kept, _answer(gain, _group_at(groups, index), _table_at(mixing, index), kept)
 
     def step(carry, _):
         # The index is carried, for one of an array would not be known where steps are unrolled.
-        index, state, y = carry
+        index, state = carry
+        kept, y = answer(index, state)
         group = _group_at(groups, index)
         state, finite = _next(group, state, _taught(gain, group, y))
-        kept = tuple(z.astype(groups.hidden.dtype) for z in state)
-        y = _answer(gain, _group_at(groups, index + 1), _table_at(mixing, index + 1), kept)
-        return (index + 1, state, y), (kept, y, finite)
+        return (index + 1, state), (kept, y, finite)
 
-    begin = _answer(gain, first, _table_at(mixing, 0), None)
-    shape = (len(begin), first.hidden.shape[-1], begin.shape[-1])
-    count = first.read.shape[-1]
-    carry = (0, (jnp.zeros(shape, _wide(begin.dtype)),) * count, begin)
-    steps = groups.stay.shape[1] - 1
-    carry, (states, y, finite) = jax.lax.scan(step, carry, length=steps, unroll=UNROLL)
-    y = checkpoint_name(jnp.concatenate([begin, _in_time(y)], 1), KEPT)
-    if count * shape[1] <= LARGEST * first.hidden.shape[1]:
+    first, last = _group_at(groups, 0), groups.stay.shape[1] - 1
+    begin = _answer(gain, first, _table_at(mixing, 0), ())
+    zero = jnp.zeros((len(hidden), hidden.shape[-1], begin.shape[-1]), _wide(begin.dtype))
+    state = (zero,) * first.read.shape[-1]
+    if not last:
+        return (begin, state, jnp.zeros((0, len(hidden)), bool)), None
+    state, moved = _next(first, state, _taught(gain, first, begin))
+    carry, (states, y, finite) = jax.lax.scan(
+        step, (1, state), length=last - 1, unroll=max(1, min(UNROLL, last - 1))
+    )
+    kept, end = answer(last, carry[1])
+    states = tuple(jnp.concatenate([a, b[None]]) for a, b in zip(states, kept, strict=True))
+    if len(states) * hidden.shape[-1] <= LARGEST * groups.keys.shape[-1]:
         states = checkpoint_name(states, KEPT)
-    finite = checkpoint_name(finite, KEPT)
+    y = checkpoint_name(jnp.concatenate([begin, _in_time(y), end], 1), KEPT)
+    finite = checkpoint_name(jnp.concatenate([moved[None], finite]), KEPT)
     return (y, carry[1], finite), (groups, mixing, states, y, finite)
 
 
@@ -710,69 +719,88 @@ def _recall_backward(gain, kept, cotangents):
     groups, mixing, states, y, finite = kept
     d_y, d_state, _ = cotangents
     dtype, wide, size = d_y.dtype, d_state[0].dtype, groups.keys.shape[-1]
-
-    def unmix(index, d_answer, taught):
-        """What is asked of answers before chunks of a group are joined, and of `lower`."""
-        if mixing is None:
-            return d_answer, None
-        d_before = d_answer + _unmixed(_table_at(mixing, index), d_answer)
-        return d_before, -_lower_products(groups.lower[:, 0], d_before, taught)
+    last = groups.stay.shape[1] - 1
 
     def overlaps(array, others):
         """The gradient of shares of an array."""
         return jnp.stack([jnp.sum((array * one).astype(wide), -1) for one in others], -1)
 
-    def step(carry, _):
-        index, d_state, d_answer, d_hidden, taught = carry
-        group = _group_at(groups, index)
-        d_before, d_lower = unmix(index, d_answer, taught)
-        d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
-        d_read = overlaps(group.hidden, d_seen)
-        d_hidden = (d_hidden + _weighted_sum(group.read, d_seen)).astype(dtype)
-        more = _moves(group.hidden, group.read, d_before)
-        d_state = [a + b for a, b in zip(d_state, more, strict=True)]
-        outcome = d_before, d_lower, d_read, d_hidden
+    def taught(index):
+        return _taught(gain, _group_at(groups, index), _time_at(y, index, size))
 
-        group, moved = _group_at(groups, index - 1), _at(finite, index - 1)
-        taught = _taught(gain, group, _time_at(y, index - 1, size))
+    def unmix(index, d_answer):
+        """What is asked of answers before chunks of a group are joined, and of `lower`."""
+        if mixing is None:
+            return d_answer, None
+        d_before = d_answer + _unmixed(_table_at(mixing, index), d_answer)
+        return d_before, -_lower_products(groups.lower[:, 0], d_before, taught(index))
+
+    def answer(index, d_answer, d_state):
+        group = _group_at(groups, index)
+        d_before, d_lower = unmix(index, d_answer)
+        d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
+        d_hidden = _weighted_sum(group.read, d_seen)
+        more = _moves(group.hidden, group.read, d_before)
+        d_state = tuple(a + b for a, b in zip(d_state, more, strict=True))
+        return d_state, (d_before, d_lower, overlaps(group.hidden, d_seen), d_hidden)
+
+    def move(index, d_state):
+        group, moved, told = _group_at(groups, index), _at(finite, index), taught(index)
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
-        before = _at(states, jnp.maximum(index - 2, 0))
-        d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
-        d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
         d_move = [-d.astype(dtype) for d in d_new]
         d_weighed = [_product_with(d, group.hidden) for d in d_move]
-        d_write = overlaps(taught, d_weighed)
-        d_answer = _time_at(d_y, index - 1, size) + _weighted_sum(group.write, d_weighed)
-        d_written = [jnp.einsum("BSO,BIO->BSI", taught, d) for d in d_move]
-        d_hidden = _weighted_sum(group.write, d_written).astype(dtype)
+        d_answer = _time_at(d_y, index, size) + _weighted_sum(group.write, d_weighed)
+        d_written = [jnp.einsum("BSO,BIO->BSI", told, d) for d in d_move]
+        d_hidden = _weighted_sum(group.write, d_written)
+        before = _at(states, jnp.maximum(index - 1, 0))
+        d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
+        d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
         d_state = tuple(
             a + jnp.where(_rows(~moved & group.stay, b), b, 0)
             for a, b in zip(_mix(jnp.swapaxes(group.decay, 1, 2), d_new), d_state, strict=True)
         )
-        carry = index - 1, d_state, d_answer.astype(dtype), d_hidden, taught
-        return carry, (*outcome, d_write, d_decay)
+        return d_state, d_answer.astype(dtype), d_hidden, overlaps(told, d_weighed), d_decay
 
-    last = groups.stay.shape[1] - 1
-    nothing = jnp.zeros_like(groups.hidden[:, :size])
-    taught = _taught(gain, _group_at(groups, last), y[:, -size:])
-    carry = last, d_state, d_y[:, -size:], nothing, taught
-    carry, slopes = jax.lax.scan(step, carry, length=last, reverse=True, unroll=UNROLL)
-    _, _, d_answer, d_hidden, taught = carry
-    d_before, d_lower, d_read, d_later, d_write, d_decay = slopes
-    first, d_first = unmix(0, d_answer, taught)
-    d_before = jnp.concatenate([first, _in_time(d_before)], 1)
+    def step(carry, _):
+        index, d_state = carry
+        d_state, d_answer, d_hidden, d_write, d_decay = move(index, d_state)
+        d_state, (d_before, d_lower, d_read, more) = answer(index, d_answer, d_state)
+        d_hidden = (d_hidden + more).astype(dtype)
+        return (index - 1, d_state), (d_before, d_hidden, d_lower, d_read, d_write, d_decay)
+
+    d_state, (d_before, d_lower, d_read, d_hidden) = answer(last, d_y[:, -size:], d_state)
+    end = d_before, d_hidden.astype(dtype), d_lower, d_read, jnp.zeros_like(d_read), None
+    (_, d_state), between = jax.lax.scan(
+        step,
+        (last - 1, d_state),
+        length=last - 1,
+        reverse=True,
+        unroll=max(1, min(UNROLL, last - 1)),
+    )
+    _, d_answer, d_hidden, d_write, d_decay = move(0, d_state)
+    d_before, d_lower = unmix(0, d_answer)
+    nothing = jnp.zeros_like(d_decay)
+    begin = d_before, d_hidden.astype(dtype), d_lower, jnp.zeros_like(d_write), d_write, nothing
+    end = *end[:-1], nothing
+    d_before, d_hidden = (
+        jnp.concatenate([a, _in_time(b), c], 1)
+        for a, b, c in zip(begin[:2], between[:2], end[:2], strict=True)
+    )
+    d_lower, d_read, d_write, d_decay = jax.tree.map(
+        lambda a, b, c: jnp.moveaxis(jnp.concatenate([a[None], b, c[None]]), 0, 1),
+        *(begin[2:], between[2:], end[2:]),
+    )
     d_wanted = (d_y - d_before) / gain
-    front, behind = (1, 0), (0, 1)
     slopes = _Group(
-        hidden=jnp.concatenate([d_hidden, _in_time(d_later)], 1),
-        slow=(d_y - d_wanted).astype(dtype),
+        hidden=d_hidden,
+        slow=d_before if gain == 1 else (d_y - d_wanted).astype(dtype),
         wanted=d_wanted.astype(dtype),
         keys=None,
-        read=_beside(d_read, front),
-        write=_beside(d_write, behind),
+        read=d_read,
+        write=d_write,
         size=jnp.zeros_like(groups.size),
-        lower=None if mixing is None else _stacked([d_first[None], d_lower]),
-        decay=_beside(d_decay[1:], (1, 1)),
+        lower=d_lower,
+        decay=d_decay,
         stay=None,
     )
     return (slopes,)
@@ -788,16 +816,6 @@ def _lower_products(like: Float[Array, "B R R"], rows, columns) -> Float[Array, 
     if 2 * part > size:  # where products that nobody needs are cheaper than copies
         return product(rows, columns)[:, size - part :, :part]
     return product(rows[:, size - part :], columns[:, :part])
-
-
-def _stacked(arrays) -> Array:
-    """Gives what the recurrence has stacked the axis of groups that tables have."""
-    return jnp.moveaxis(jnp.concatenate(arrays), 0, 1)
-
-
-def _beside(array, groups: tuple[int, int]):
-    """As `_stacked`, with groups of zeros in front and behind."""
-    return jnp.moveaxis(jnp.pad(array, (groups, *((0, 0),) * (array.ndim - 1))), 0, 1)
 
 
 def _group(setting, pace, joined: int, x: Float[Array, "B S I"], starts) -> _Group:
