@@ -1,6 +1,7 @@
 """The kernels, interpreted: the same function as the reference, in values and all gradients."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from hope_jax import sharding
 from hope_jax.ops import fused
 from hope_jax.ops.fastkv import FastKVMemory, fast_kv
 from hope_jax.ops.pallas import gpu
+from hope_jax.ops.pallas.chunk import Plan
 from hope_jax.ops.selfref import SelfReferentialMemory, Slow, self_referential
 
 KERNEL = "pallas_triton"
@@ -25,7 +27,7 @@ def normals(seed):
 
 def self_referential_call(
     time=37, position=None, starts=None, frozen=("q",), correlated=0.0, gate=1.0, batch=2, heads=2,
-    group=1, width=16, chunk=16, **options,
+    group=1, width=16, chunk=16, dtype=jnp.float32, **options,
 ):  # fmt: skip
     """Everything that has a gradient, and the op as a function of it."""
     normal = normals(0)
@@ -61,7 +63,7 @@ def self_referential_call(
         )  # fmt: skip
         return y, memory.state, memory.held
 
-    return op, (x, slow, initial, biases, states)
+    return op, (x.astype(dtype), slow, initial, biases, states)
 
 
 def fast_kv_call(time=37, starts=None, memory=False, gates=None, keys=16, values=16, **options):
@@ -170,20 +172,23 @@ def test_fast_kv_kernel_is_the_reference(case):
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("case", "shape"),
     [
-        "goes on inside a chunk",
-        "everything adapts, own writes are read, three chunks project with one state",
-        "chunk's start is read, l2, literal",
-        "no erasing, values as targets",
-        "delta",
-        "hebbian",
+        ("goes on inside a chunk", {"chunk": 64, "width": 64}),
+        (
+            "everything adapts, own writes are read, three chunks project with one state",
+            {"chunk": 64, "width": 128, "dtype": jnp.bfloat16},
+        ),
+        ("chunk's start is read, l2, literal", {}),
+        ("no erasing, values as targets", {}),
+        ("delta", {}),
+        ("hebbian", {}),
     ],
 )
-def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, monkeypatch):
+def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, shape, monkeypatch):
     monkeypatch.setattr(fused, "platform", lambda: gpu.PLATFORM)
     if case in SELF_REFERENTIAL:
-        op, arguments = self_referential_call(**SELF_REFERENTIAL[case])
+        op, arguments = self_referential_call(**SELF_REFERENTIAL[case], **shape)
     else:
         op, arguments = fast_kv_call(**FAST_KV[case])
     traced = jax.jit(partial(values_and_gradients, op, KERNEL)).trace(arguments)
@@ -262,30 +267,33 @@ def test_what_the_kernel_does_not_take_is_an_error_that_says_why(chunk, gradient
 
 
 @pytest.mark.parametrize(
-    ("dtype", "chunk", "fits"),
-    [(jnp.bfloat16, 64, True), (jnp.float32, 32, True), (jnp.float32, 64, False)],
+    ("dtype", "width", "fits"),
+    [(jnp.bfloat16, 128, True), (jnp.float32, 64, True), (jnp.float32, 128, False)],
 )
-def test_memories_that_do_not_fit_on_chip_are_refused(dtype, chunk, fits):
-    normal = normals(4)
-    x, q = normal(1, 64, 1, 64).astype(dtype), normal(1, 64, 1, 64).astype(dtype)
-    initial = {name: (normal(1, 64, 64),) for name in ("k", "v", "memory")}
-    gate = normal(1, 64, 1)
-    bias = jnp.zeros(1)
-    slow = Slow(None, None, q, gate, gate, None, bias, bias)
+def test_memories_that_do_not_fit_on_chip_are_refused(dtype, width, fits):
+    op, (x, *rest) = self_referential_call(chunk=64, width=width, dtype=dtype)
 
-    def shapes():
-        return jax.eval_shape(
-            lambda x: self_referential(
-                x, slow, initial, chunk_memory=chunk, chunk_projections=chunk, form=KERNEL
-            )[0],
-            x,
-        )
+    def shape():
+        return jax.eval_shape(lambda x: op(x, *rest, KERNEL)[0], x)
 
     if fits:
-        assert shapes().shape == x.shape
+        assert shape().shape == x.shape
     else:
         with pytest.raises(ValueError, match="on-chip memory does not hold chunks of 64"):
-            shapes()
+            shape()
+
+
+def test_an_older_gpu_has_less_on_chip_memory(monkeypatch):
+    plan = Plan(
+        memories=("k", "v", "memory"), gates=(), objective="dot", erases="state", anchor=True,
+        normalize=True, targets="self", read="token", write_max=1.0, chunk=64, segmented=False,
+        holds=False, operand=jnp.dtype(jnp.bfloat16),
+    )  # fmt: skip
+    device = SimpleNamespace(
+        platform="gpu", compute_capability="8.9", shared_memory_per_block_optin=101376
+    )
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert [gpu.fits(plan, plan.operand, width) for width in (64, 128)] == [True, False]
 
 
 def test_a_mesh_of_several_devices_is_refused():

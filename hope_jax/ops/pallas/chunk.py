@@ -785,11 +785,9 @@ def _unconsult(plan, place, memories, name, dy):
     """The gradient of the rows with which a memory was consulted."""
     if place is None:
         return _dot(plan, dy, memories.held(name))
-    holding = place.holding(name)
-    drows = _dot(plan, jnp.where(holding, dy, 0), memories.held(name))
-    if memories.origin is not None:
-        drows += _dot(plan, jnp.where(holding, 0, dy), memories.origin(name))
-    return drows
+    drows = _dot(plan, dy, memories.held(name))
+    fresh = 0 if memories.origin is None else _dot(plan, dy, memories.origin(name))
+    return jnp.where(place.holding(name), drows, fresh)
 
 
 def _dot(plan, a, b, left=1, right=0):

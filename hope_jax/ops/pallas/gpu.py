@@ -58,18 +58,44 @@ class Launch(NamedTuple):
     interpret: bool = False
 
 
+KIB = {
+    (64, 64, 2): (64, 64, 64, 64),
+    (64, 128, 2): (192, 160, 112, 88),
+    (32, 64, 4): (112, 112, 52, 52),
+    (64, 64, 4): (160, 160, 96, 96),
+    (32, 128, 4): (336, 336, 176, 176),
+}
+"""Shared memory that the largest launch asks for, by tokens of a chunk, features and bytes of each:
+where tokens consult memories on Hopper and before it, then where they do not, likewise."""
+
+HOPPER_KIB = 227
+
+
 def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
-    """Says whether shared memory holds what a program needs at once.
+    """Says whether the GPU's shared memory holds what a program needs at once.
+
+    What that is was read off kernels compiled for compute capabilities 8.0 and 9.0, with all
+    memories and with one, float32 also at the highest precision, which takes the most. Chunks of
+    128 tokens have room on Hopper in bfloat16, but spill registers by the thousand. The GPU is
+    jax's first; kernels that run elsewhere are judged as for a Hopper GPU.
 
     Args:
       plan: What to compute.
       dtype: Of the tokens.
       widest: The features of keys or of values, whichever are more.
     """
-    tile = plan.chunk * max(plan.chunk, widest) * jnp.dtype(dtype).itemsize
-    if len(plan.names) > 1:
-        return tile <= 8192 and widest <= 64
-    return tile <= 16384
+    device = jax.devices()[0]
+    old, room = False, HOPPER_KIB
+    if device.platform == PLATFORM:
+        old = getattr(device, "compute_capability", "").startswith(("7.", "8."))
+        room = getattr(device, "shared_memory_per_block_optin", 1024 * room) / 1024
+    shape = plan.chunk, widest, jnp.dtype(dtype).itemsize
+    needs = [
+        kib[old + 2 * (not plan.consults)]
+        for (chunk, width, size), kib in KIB.items()
+        if shape[0] <= chunk and shape[1] <= width and shape[2] == size
+    ]
+    return min(needs, default=HOPPER_KIB + 1) <= room
 
 
 def forward(
