@@ -728,28 +728,33 @@ def _recall_backward(gain, kept, cotangents):
     def taught(index):
         return _taught(gain, _group_at(groups, index), _time_at(y, index, size))
 
-    def unmix(index, d_answer):
-        """What is asked of answers before chunks of a group are joined, and of `lower`."""
+    def unmix(index, d_taught):
+        """What is asked of a group before its chunks are joined, in all and of what is taught."""
+        d_answer = _time_at(d_y, index, size)
         if mixing is None:
-            return d_answer, None
-        d_before = d_answer + _unmixed(_table_at(mixing, index), d_answer)
-        return d_before, -_lower_products(groups.lower[:, 0], d_before, taught(index))
+            return (d_answer + d_taught).astype(dtype), d_taught.astype(dtype), None
+        d_mixed = (d_answer + d_taught).astype(dtype)
+        # The rest is kept apart from `d_y`, beside which it is small and would be rounded.
+        d_taught = d_taught + _unmixed(_table_at(mixing, index), d_mixed)
+        d_before = (d_answer + d_taught).astype(dtype)
+        d_lower = -_lower_products(groups.lower[:, 0], d_before, taught(index))
+        return d_before, d_taught.astype(dtype), d_lower
 
-    def answer(index, d_answer, d_state):
+    def answer(index, d_taught, d_state):
         group = _group_at(groups, index)
-        d_before, d_lower = unmix(index, d_answer)
+        d_before, d_taught, d_lower = unmix(index, d_taught)
         d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
         d_hidden = _weighted_sum(group.read, d_seen)
         more = _moves(group.hidden, group.read, d_before)
         d_state = tuple(a + b for a, b in zip(d_state, more, strict=True))
-        return d_state, (d_before, d_lower, overlaps(group.hidden, d_seen), d_hidden)
+        return d_state, (d_taught, d_lower, overlaps(group.hidden, d_seen), d_hidden)
 
     def move(index, d_state):
         group, moved, told = _group_at(groups, index), _at(finite, index), taught(index)
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
         d_move = [-d.astype(dtype) for d in d_new]
         d_weighed = [_product_with(d, group.hidden) for d in d_move]
-        d_answer = _time_at(d_y, index, size) + _weighted_sum(group.write, d_weighed)
+        d_taught = _weighted_sum(group.write, d_weighed)
         d_written = [jnp.einsum("BSO,BIO->BSI", told, d) for d in d_move]
         d_hidden = _weighted_sum(group.write, d_written)
         before = _at(states, jnp.maximum(index - 1, 0))
@@ -759,17 +764,18 @@ def _recall_backward(gain, kept, cotangents):
             a + jnp.where(_rows(~moved & group.stay, b), b, 0)
             for a, b in zip(_mix(jnp.swapaxes(group.decay, 1, 2), d_new), d_state, strict=True)
         )
-        return d_state, d_answer.astype(dtype), d_hidden, overlaps(told, d_weighed), d_decay
+        return d_state, d_taught, d_hidden, overlaps(told, d_weighed), d_decay
 
     def step(carry, _):
         index, d_state = carry
-        d_state, d_answer, d_hidden, d_write, d_decay = move(index, d_state)
-        d_state, (d_before, d_lower, d_read, more) = answer(index, d_answer, d_state)
+        d_state, d_taught, d_hidden, d_write, d_decay = move(index, d_state)
+        d_state, (d_taught, d_lower, d_read, more) = answer(index, d_taught, d_state)
         d_hidden = (d_hidden + more).astype(dtype)
-        return (index - 1, d_state), (d_before, d_hidden, d_lower, d_read, d_write, d_decay)
+        return (index - 1, d_state), (d_taught, d_hidden, d_lower, d_read, d_write, d_decay)
 
-    d_state, (d_before, d_lower, d_read, d_hidden) = answer(last, d_y[:, -size:], d_state)
-    end = d_before, d_hidden.astype(dtype), d_lower, d_read, jnp.zeros_like(d_read), None
+    d_taught = jnp.zeros((len(d_y), size, d_y.shape[-1]), wide)
+    d_state, (d_taught, d_lower, d_read, d_hidden) = answer(last, d_taught, d_state)
+    end = d_taught, d_hidden.astype(dtype), d_lower, d_read, jnp.zeros_like(d_read), None
     (_, d_state), between = jax.lax.scan(
         step,
         (last - 1, d_state),
@@ -777,12 +783,12 @@ def _recall_backward(gain, kept, cotangents):
         reverse=True,
         unroll=max(1, min(UNROLL, last - 1)),
     )
-    _, d_answer, d_hidden, d_write, d_decay = move(0, d_state)
-    d_before, d_lower = unmix(0, d_answer)
+    _, d_taught, d_hidden, d_write, d_decay = move(0, d_state)
+    _, d_taught, d_lower = unmix(0, d_taught)
     nothing = jnp.zeros_like(d_decay)
-    begin = d_before, d_hidden.astype(dtype), d_lower, jnp.zeros_like(d_write), d_write, nothing
+    begin = d_taught, d_hidden.astype(dtype), d_lower, jnp.zeros_like(d_write), d_write, nothing
     end = *end[:-1], nothing
-    d_before, d_hidden = (
+    d_taught, d_hidden = (
         jnp.concatenate([a, _in_time(b), c], 1)
         for a, b, c in zip(begin[:2], between[:2], end[:2], strict=True)
     )
@@ -790,11 +796,11 @@ def _recall_backward(gain, kept, cotangents):
         lambda a, b, c: jnp.moveaxis(jnp.concatenate([a[None], b, c[None]]), 0, 1),
         *(begin[2:], between[2:], end[2:]),
     )
-    d_wanted = (d_y - d_before) / gain
+    d_taught = d_taught / gain
     slopes = _Group(
         hidden=d_hidden,
-        slow=d_before if gain == 1 else (d_y - d_wanted).astype(dtype),
-        wanted=d_wanted.astype(dtype),
+        slow=d_y + d_taught,
+        wanted=-d_taught,
         keys=None,
         read=d_read,
         write=d_write,
