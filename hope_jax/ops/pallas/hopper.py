@@ -5,6 +5,7 @@ other lies in shared memory; between the phases of a chunk all wait for all.
 """
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,6 +60,31 @@ class Tiles(NamedTuple):
     def __call__(self, name: str, memory: Any = 0) -> Any:
         """A matrix of a name, of those that have one for each memory the one of a memory."""
         return self.ref.at[self.places[name] + memory + self.shift]
+
+
+def launch(kernel: Callable, name: str, out: Any, scratch: Any, interpret: Any, **grid: int) -> Any:
+    """Makes a kernel of four warpgroups with a barrier, given last, at which all may wait for all.
+
+    Args:
+      kernel: Its body: what is given and what comes out, places in memory; then the scratch.
+      name: What a profiler calls it.
+      out: What comes out.
+      scratch: Room in shared memory, and barriers.
+      interpret: False, or how Mosaic is to interpret it.
+      **grid: The numbers of programs along named axes.
+    """
+    kernel = partial(kernel)
+    kernel.__name__ = name
+    return mosaic.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=(*scratch, mosaic.Barrier(num_arrivals=len(MEMORIES))),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=len(MEMORIES),
+        thread_name="memory",
+        interpret=interpret,
+    )
 
 
 def room_for(plan: Plan, counts: dict[str, int]) -> tuple[Any, dict[str, int]]:

@@ -41,6 +41,7 @@ from hope_jax.ops.pallas.hopper import (
     by_column,
     by_row,
     fetch_start,
+    launch,
     narrow,
     put,
     room_for,
@@ -79,6 +80,7 @@ class Full(NamedTuple):
     shared: Any
 
 
+@partial(jax.jit, static_argnames=("plan", "interpret"))
 def unlearn(
     plan: Plan,
     sequence: Sequence,
@@ -124,21 +126,9 @@ def unlearn(
     }
     tiles, places = room_for(plan, ROOM)
     full = Full(*(mosaic.Barrier(num_barriers=n) for n in (4, 4, 4, 1, 3)))
-    out = mosaic.kernel(
-        partial(_unlearn_kernel, plan, places, heads, count, bool(interpret)),
-        out_type=out,
-        scratch_types=(
-            tiles,
-            mosaic.SMEM((6, SIZE), jnp.float32),
-            full,
-            mosaic.Barrier(num_arrivals=len(MEMORIES)),
-        ),
-        grid=(heads, batch),
-        grid_names=("head", "row"),
-        num_threads=len(MEMORIES),
-        thread_name="memory",
-        interpret=interpret,
-    )(given)
+    scratch = tiles, mosaic.SMEM((6, SIZE), jnp.float32), full
+    kernel = partial(_unlearn_kernel, plan, places, heads, count, bool(interpret))
+    out = launch(kernel, "memory_unlearn", out, scratch, interpret, head=heads, row=batch)(given)
     gates = jnp.pad(jnp.swapaxes(out["gates"], 1, 2), [(0, 0), (0, 0), (0, GATE_ROWS - 2)])
     slopes = {"k": out["k"], "v": out["v"], "gates": gates}
     slopes = {name: slope.reshape(*place, *slope.shape[1:]) for name, slope in slopes.items()}
@@ -166,22 +156,23 @@ def _blame(slopes, rows, place, interpret):
     rows = [*(row.reshape(*place, *SQUARE) for row in rows[:2]), rows[2]]
 
     def kernel(owed, target, k, v, gates, key, value, x, origins):
-        def add(n, total, slope):
-            tokens = x[pl.ds(n * SIZE, SIZE)]
-            pairs = [(owed[n], key[n]), (target[n], value[n])]
-            pairs += [] if slope is None else [(slope[n], tokens)]
-            for left, right in pairs:
-                total += jax.lax.dot_general(
-                    left, right, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-                )
-            return total
+        def add(left, right, n, total):
+            tokens = pl.ds(n * SIZE, SIZE)
+            pair = left[n], right[tokens] if right is x else right[n]
+            over_tokens = ((0,), (0,)), ((), ())
+            return total + jax.lax.dot_general(
+                *pair, over_tokens, preferred_element_type=jnp.float32
+            )
 
         for m, slope in enumerate((k, v, None, gates)):
 
             @pl.when(pl.program_id(2) == m)
             def _(slope=slope):
-                zeros = jnp.zeros(SQUARE, jnp.float32)
-                origins[...] = jax.lax.fori_loop(0, count, partial(add, slope=slope), zeros)
+                total = jnp.zeros(SQUARE, jnp.float32)
+                for left, right in ((owed, key), (target, value), (slope, x)):
+                    if left is not None:
+                        total = jax.lax.fori_loop(0, count, partial(add, left, right), total)
+                origins[...] = total
 
     chunks = (count, *SQUARE)
     of_one = pl.BlockSpec((None, None, None, *chunks), lambda h, b, m: (m, b, h, 0, 0, 0))

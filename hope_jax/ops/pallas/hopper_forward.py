@@ -32,6 +32,7 @@ from hope_jax.ops.pallas.hopper import (
     SQUARE,
     Desk,
     Tiles,
+    launch,
     narrow,
     put,
     room_for,
@@ -50,6 +51,7 @@ from hope_jax.ops.pallas.hopper_lesson import (
 from hope_jax.ops.pallas.walk import Sequence
 
 
+@partial(jax.jit, static_argnames=("plan", "keep", "interpret"))
 def forward(
     plan: Plan, sequence: Sequence, *, keep: bool, interpret: Any = False
 ) -> tuple[Array, Values, Values | None]:
@@ -88,21 +90,10 @@ def forward(
             jax.ShapeDtypeStruct((batch * heads * count, n, SIZE), plan.operand) for n in rows
         ]
     tiles, places = room_for(plan, ROOM | {"added": 1})
-    out = mosaic.kernel(
-        partial(_kernel, plan, places, heads, count, bool(interpret)),
-        out_type=out,
-        scratch_types=(
-            tiles,
-            mosaic.SMEM((len(VECTORS), SIZE), jnp.float32),
-            mosaic.Barrier(num_barriers=2 + len(MEMORIES)),
-            mosaic.Barrier(num_arrivals=len(MEMORIES)),
-        ),
-        grid=(heads, batch),
-        grid_names=("head", "row"),
-        num_threads=len(MEMORIES),
-        thread_name="memory",
-        interpret=interpret,
-    )(given)
+    vectors = mosaic.SMEM((len(VECTORS), SIZE), jnp.float32)
+    scratch = tiles, vectors, mosaic.Barrier(num_barriers=2 + len(MEMORIES))
+    kernel = partial(_kernel, plan, places, heads, count, bool(interpret))
+    out = launch(kernel, "memory_forward", out, scratch, interpret, head=heads, row=batch)(given)
     states = {name: narrow(name, out["states"][:, :, m]) for m, name in enumerate(MEMORIES)}
     if not keep:
         return out["y"], states, None

@@ -28,6 +28,7 @@ from hope_jax.ops.pallas.hopper import (
     Tiles,
     by_column,
     fetch_start,
+    launch,
     put,
     room_for,
     whole,
@@ -52,6 +53,7 @@ COLUMNS = (
 """What is noted of each token as one number, in the order in which they lie in memory."""
 
 
+@partial(jax.jit, static_argnames=("plan", "interpret"))
 def prepare(
     plan: Plan, sequence: Sequence, starts: Values, dy: Array, *, interpret: Any = False
 ) -> Values:
@@ -95,21 +97,11 @@ def prepare(
     }
     extra = dict.fromkeys(("dy", "dying", "kept", "shares", "lent"), 1)
     tiles, places = room_for(plan, ROOM | extra)
-    return mosaic.kernel(
-        partial(_kernel, plan, places, heads, count, bool(interpret)),
-        out_type=out,
-        scratch_types=(
-            tiles,
-            mosaic.SMEM((len(VECTORS), SIZE), jnp.float32),
-            mosaic.Barrier(num_barriers=3 + 2 * len(MEMORIES)),
-            mosaic.Barrier(num_arrivals=len(MEMORIES)),
-        ),
-        grid=(heads, batch, count),
-        grid_names=("head", "row", "chunk"),
-        num_threads=len(MEMORIES),
-        thread_name="memory",
-        interpret=interpret,
-    )(given)
+    vectors = mosaic.SMEM((len(VECTORS), SIZE), jnp.float32)
+    scratch = tiles, vectors, mosaic.Barrier(num_barriers=3 + 2 * len(MEMORIES))
+    kernel = partial(_kernel, plan, places, heads, count, bool(interpret))
+    grid = {"head": heads, "row": batch, "chunk": count}
+    return launch(kernel, "memory_prepare", out, scratch, interpret, **grid)(given)
 
 
 def _kernel(plan, places, heads, count, interpret, given, out, ref, vectors, full, together):
