@@ -55,7 +55,8 @@ def cost(arguments):
             layers=arguments.layers,
             vocabulary=32000,
             dtype="bfloat16",
-            remat="full",
+            remat=arguments.remat,
+            unroll=arguments.unroll,
         )
         step, state = training_step(model.build(), optax.adamw(1e-4))
         state, _ = step(state, tokens, starts)
@@ -73,6 +74,8 @@ def cost(arguments):
             "window": arguments.window,
             "hidden": arguments.hidden,
             "together": arguments.together,
+            "remat": arguments.remat,
+            "unroll": arguments.unroll,
             "times_static": round(best / base, 3),
             "delta_megabytes_a_sequence": delta_bytes(model) / 1e6,
             "peak_gigabytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -275,6 +278,8 @@ def main():
     parser.add_argument("--hidden", type=int, nargs="+")
     parser.add_argument("--window", type=int, default=4096, help="of a training step in `cost`")
     parser.add_argument("--steps", type=int, default=8, help="that are timed in `cost`")
+    parser.add_argument("--remat", default="full", help="of the model in `cost`")
+    parser.add_argument("--unroll", action="store_true", help="its layers, in `cost`")
     parser.add_argument("--together", type=int, default=op.TOGETHER, help="see `ops.continuum`")
     parser.add_argument(
         "--settings", nargs="+", default=["static", "output"], help="static, output, all"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hope_jax.ops.continuum import Pace, continuum_level, fresh_level
+from hope_jax.ops.continuum import KEPT, Pace, continuum_level, fresh_level
 
 TIME, ROWS, WIDTH = 19, 2, 3
 close = partial(chex.assert_trees_all_close, rtol=1e-9, atol=1e-9)
@@ -87,8 +87,9 @@ CASES = [
 def test_forms_are_the_reference_in_values_and_gradients(
     shapes, options, position, starts, monkeypatch
 ):
-    linear = shapes == "linear"  # twelve groups of a chunk, or three of four, and three tokens
-    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 4 if options == "plain" else 16)
+    linear = shapes == "linear"  # twelve groups of a chunk, six of two or three of four, and a rest
+    size = 4 if options == "plain" else 16 if starts else 8
+    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", size)
     arrays, where = random_call(shapes, options, starts=starts, time=51 if linear else TIME)
     memory = None if position is None else carried(arrays, options, position)
     slope = jnp.asarray(np.random.default_rng(2).normal(size=arrays[1].shape))
@@ -122,6 +123,27 @@ def test_chunks_that_are_solved_together_are_chunks_one_by_one(options, monkeypa
     assert fast.skipped.tolist() == [2, 0]
     assert fast.writes.tolist() == [3, 5]
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(fast))
+
+
+def test_the_backward_pass_need_not_go_from_group_to_group_again(monkeypatch):
+    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 8)
+    arrays, where = random_call("linear", "plain", time=48)
+
+    def cost(policy):
+        @partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        def loss(arrays):
+            y, _ = continuum_level(*arrays, None, where, form="together", chunk=4)
+            return jnp.sum(jnp.sin(y))
+
+        compiled = jax.jit(jax.grad(loss)).lower(arrays).compile()
+        return compiled.cost_analysis()["flops"], compiled(arrays)
+
+    policies = jax.checkpoint_policies
+    kept, slopes = cost(policies.save_only_these_names(KEPT))
+    again, same = cost(policies.nothing_saveable)
+    least, _ = cost(policies.everything_saveable)
+    assert kept < least + 0.3 * (again - least)
+    close(slopes, same)
 
 
 def test_the_reference_is_the_equation_by_hand():
