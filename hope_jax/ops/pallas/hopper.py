@@ -83,6 +83,7 @@ def launch(kernel: Callable, name: str, out: Any, scratch: Any, interpret: Any, 
         grid_names=tuple(grid),
         num_threads=len(MEMORIES),
         thread_name="memory",
+        compiler_params=mosaic.CompilerParams(approx_math=True),
         interpret=interpret,
     )
 

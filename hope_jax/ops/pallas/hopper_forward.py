@@ -91,7 +91,8 @@ def forward(
         ]
     tiles, places = room_for(plan, ROOM | {"added": 1})
     vectors = mosaic.SMEM((len(VECTORS), SIZE), jnp.float32)
-    scratch = tiles, vectors, mosaic.Barrier(num_barriers=2 + len(MEMORIES))
+    full = mosaic.Barrier(num_barriers=2 + len(MEMORIES))
+    scratch = tiles, vectors, full, mosaic.Barrier()
     kernel = partial(_kernel, plan, places, heads, count, bool(interpret))
     out = launch(kernel, "memory_forward", out, scratch, interpret, head=heads, row=batch)(given)
     states = {name: narrow(name, out["states"][:, :, m]) for m, name in enumerate(MEMORIES)}
@@ -102,12 +103,14 @@ def forward(
     return out["y"], states, starts
 
 
-def _kernel(plan, places, heads, count, interpret, given, out, ref, vectors, full, together):
+def _kernel(
+    plan, places, heads, count, interpret, given, out, ref, vectors, full, weighed, together
+):
     """Goes through all chunks of a head; see the top of this file."""
     desk = Desk(interpret)
     b, h, me = (jax.lax.axis_index(name) for name in ("row", "head", "memory"))
     tiles = Tiles(ref, places, given["shift"][0])
-    lesson = Lesson(plan, desk, given, tiles, vectors, b, h, me)
+    lesson = Lesson(plan, desk, given, tiles, vectors, weighed, together, b, h, me)
     fresh, when = lesson.fresh, desk.when
     of_tokens, of_origins = full.at[0], [full.at[2 + m] for m in range(len(MEMORIES))]
 
@@ -160,7 +163,7 @@ def _kernel(plan, places, heads, count, interpret, given, out, ref, vectors, ful
         if "starts" in out:
             store_start((b * heads + h) * count + n)
         mosaic.barrier_wait(of_tokens)
-        lesson.settle(n, meet)
+        lesson.settle(n)
         meet()
         when(more, lambda: fetch("x", n + 1))
         mosaic.barrier_wait(full.at[1])

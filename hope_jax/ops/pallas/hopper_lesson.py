@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as mosaic
 
 from hope_jax.ops.pallas.chunk import Plan
 from hope_jax.ops.pallas.hopper import (
@@ -60,6 +61,8 @@ class Lesson:
       given: What there is to read: bias, and if the plan is segmented places `[B, N, names, C]`.
       tiles: Where matrices lie.
       vectors: Where vectors lie.
+      weighed: A barrier at which the gates say that vectors lie there.
+      together: A barrier for all.
       row: Which row of the batch.
       head: Which head.
       memory: Which warpgroup this is.
@@ -73,6 +76,8 @@ class Lesson:
     given: dict[str, Any]
     tiles: Tiles
     vectors: Any
+    weighed: Any
+    together: Any
     row: Any
     head: Any
     memory: Any
@@ -129,8 +134,10 @@ class Lesson:
 
         self.desk.when(self.memory == KEYS, say_key)
         self.desk.when(self.memory == VALUES, lambda: put(tiles("value"), said))
-        self.desk.when(self.memory == GATES, lambda: self.weigh(n, said))
         self.desk.commit()
+        mosaic.barrier_arrive(self.together)
+        self.desk.when(self.memory == GATES, lambda: self.weigh(n, said))
+        mosaic.barrier_wait(self.together)
 
     def weigh(self, n, logits):
         """What the gates let through, and what is left of it when; see `chunk.attend`."""
@@ -169,6 +176,7 @@ class Lesson:
         for name, weight in weights.items():
             put(self.vectors.at[VECTORS.index(name)], weight)
             self.tell(name, weight)
+        mosaic.barrier_arrive(self.weighed)
 
     def invert(self, n):
         """Phase 2 of the last; see `chunk._unit_lower_inverse`."""
@@ -189,7 +197,7 @@ class Lesson:
         put(tiles("inverse"), inverse)
         self.desk.commit()
 
-    def compare(self, n, memory):
+    def compare(self, n, memory, waits=False):
         """Phase 2: what tokens want a memory to say less what it says, as it weighs."""
         tiles = self.fresh(n)
         target = self.consult(tiles, n, tiles("value"), memory)
@@ -205,17 +213,19 @@ class Lesson:
         target = jax.lax.cond(memory == GATES, scale_gates, scale)
         self.tell("target", target, memory)
         key, turn = tiles("key"), self.desk.turn
-        found = self.desk.dot((key, turn(tiles("state", memory)))) * self.vector("before")
+        found = self.desk.dot((key, turn(tiles("state", memory))))
+        if waits:
+            mosaic.barrier_wait(self.weighed)
+        found *= self.vector("before")
         found = self.desk.dot((key, turn(tiles("origin", memory))), start=found)
         put(tiles("delta", memory), (target - found) * self.vector("write"))
         self.desk.commit()
 
-    def settle(self, n, meet):
-        """Phases 1 and 2; `meet` waits for all."""
+    def settle(self, n):
+        """Phases 1 and 2."""
         self.say(n)
-        meet()
         self.desk.when(self.memory == GATES, lambda: self.invert(n))
-        self.desk.when(self.memory != GATES, lambda: self.compare(n, self.memory))
+        self.desk.when(self.memory != GATES, lambda: self.compare(n, self.memory, waits=True))
         self.desk.when(self.memory == KEYS, lambda: self.compare(n, GATES))
 
     def reach(self, n):

@@ -98,13 +98,16 @@ def prepare(
     extra = dict.fromkeys(("dy", "dying", "kept", "shares", "lent"), 1)
     tiles, places = room_for(plan, ROOM | extra)
     vectors = mosaic.SMEM((len(VECTORS), SIZE), jnp.float32)
-    scratch = tiles, vectors, mosaic.Barrier(num_barriers=3 + 2 * len(MEMORIES))
+    full = mosaic.Barrier(num_barriers=3 + 2 * len(MEMORIES))
+    scratch = tiles, vectors, full, mosaic.Barrier()
     kernel = partial(_kernel, plan, places, heads, count, bool(interpret))
     grid = {"head": heads, "row": batch, "chunk": count}
     return launch(kernel, "memory_prepare", out, scratch, interpret, **grid)(given)
 
 
-def _kernel(plan, places, heads, count, interpret, given, out, ref, vectors, full, together):
+def _kernel(
+    plan, places, heads, count, interpret, given, out, ref, vectors, full, weighed, together
+):
     """Takes notes of a chunk."""
     desk = Desk(interpret)
     axes = ("row", "head", "chunk", "memory")
@@ -121,7 +124,7 @@ def _kernel(plan, places, heads, count, interpret, given, out, ref, vectors, ful
         else:
             put(out["columns"].at[i, COLUMNS.index(name)], value)
 
-    lesson = Lesson(plan, desk, given, tiles, vectors, b, h, me, tell)
+    lesson = Lesson(plan, desk, given, tiles, vectors, weighed, together, b, h, me, tell)
 
     def meet():
         mosaic.barrier_arrive(together)
@@ -202,7 +205,7 @@ def _kernel(plan, places, heads, count, interpret, given, out, ref, vectors, ful
         put(out["dkey"].at[i], desk.dot((desk.turn(tiles("corner", 1)), tiles("q"))))
 
     begin()
-    lesson.settle(n, meet)
+    lesson.settle(n)
     for place, name in ((KEYS, "key"), (VALUES, "value")):
 
         @pl.when(me == place)
