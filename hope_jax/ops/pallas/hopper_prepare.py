@@ -35,7 +35,6 @@ from hope_jax.ops.pallas.hopper import (
     wide,
 )
 from hope_jax.ops.pallas.hopper_lesson import (
-    GATES,
     KEYS,
     MAIN,
     ROOM,
@@ -161,31 +160,6 @@ def _kernel(
         put(tiles("shares"), shares)
         put(tiles("dying"), before * wide(tiles("dy")))
 
-    def note_pull():
-        put(out["pull"].at[i], desk.dot((desk.turn(tiles("inverse")), tiles("kept"))))
-
-    def note_delta():
-        put(tiles("lent"), desk.dot((desk.turn(tiles("shares")), tiles("dy"))))
-        desk.commit()
-        put(out["ddelta"].at[i], desk.dot((desk.turn(tiles("inverse")), tiles("lent"))))
-
-    def note_state():
-        put(out["dstate"].at[i], desk.dot((desk.turn(tiles("dying")), tiles("q"))))
-
-    def unread():
-        """Phase 3 of the third: the gradient of queries."""
-        row, line = desk.grid(tiles.shift)
-        weights, before = lesson.reach(n)
-        dquery = desk.dot((tiles("dy"), tiles("state", MAIN))) * before
-        put(vectors.at[VECTORS.index("log")], jnp.sum(dquery * wide(tiles("q")), 1))
-        dquery = desk.dot((tiles("dy"), tiles("origin", MAIN)), start=dquery)
-        dshares = desk.dot((tiles("dy"), desk.turn(tiles("delta", MAIN))))
-        put(tiles("corner", 0), jnp.where(row > line, dshares * wide(tiles("shares")), 0.0))
-        put(tiles("corner", 1), dshares * weights)
-        desk.commit()
-        dquery = desk.dot((tiles("corner", 1), tiles("key")), start=dquery)
-        put(out["dquery"].at[b, pl.ds(n * SIZE, SIZE), h], dquery)
-
     def note_log():
         row, line = desk.grid(tiles.shift)
         first = jnp.where(row < line, 1.0, 0.0).astype(plan.operand)
@@ -201,7 +175,39 @@ def _kernel(
             log += vector("log", BY_ROW)
         tell("dlog", log)
 
-    def note_key():
+    def note_query():
+        """Phases 3 and 4 of the first: the gradients of the state, and of queries."""
+        put(out["dstate"].at[i], desk.dot((desk.turn(tiles("dying")), tiles("q"))))
+        dquery = desk.dot((tiles("dying"), tiles("state", MAIN)))
+        put(vectors.at[VECTORS.index("log")], jnp.sum(dquery * wide(tiles("q")), 1))
+        dquery = desk.dot((tiles("dy"), tiles("origin", MAIN)), start=dquery)
+        desk.commit()
+        meet()
+        dquery = desk.dot((tiles("corner", 1), tiles("key")), start=dquery)
+        put(out["dquery"].at[b, pl.ds(n * SIZE, SIZE), h], dquery)
+
+    def note_delta():
+        """Phases 3 and 4 of the second: the gradients of what tokens added, and of retention."""
+        put(tiles("lent"), desk.dot((desk.turn(tiles("shares")), tiles("dy"))))
+        desk.commit()
+        put(out["ddelta"].at[i], desk.dot((desk.turn(tiles("inverse")), tiles("lent"))))
+        meet()
+        note_log()
+
+    def unread():
+        """Phase 3 of the third: what is owed for shares."""
+        row, line = desk.grid(tiles.shift)
+        weights, _ = lesson.reach(n)
+        dshares = desk.dot((tiles("dy"), desk.turn(tiles("delta", MAIN))))
+        put(tiles("corner", 0), jnp.where(row > line, dshares * wide(tiles("shares")), 0.0))
+        put(tiles("corner", 1), dshares * weights)
+        desk.commit()
+        meet()
+
+    def note_pull():
+        """Phases 3 and 4 of the last: what pulls on what tokens added, and the gradient of keys."""
+        put(out["pull"].at[i], desk.dot((desk.turn(tiles("inverse")), tiles("kept"))))
+        meet()
         put(out["dkey"].at[i], desk.dot((desk.turn(tiles("corner", 1)), tiles("q"))))
 
     begin()
@@ -219,14 +225,6 @@ def _kernel(
     put(tiles("delta", me), desk.dot((tiles("inverse"), tiles("delta", me))))
     desk.commit()
     mosaic.copy_smem_to_gmem(tiles("delta", me), out["delta"].at[me, i])
-    for place, act in (
-        (KEYS, note_state),
-        (VALUES, note_delta),
-        (MAIN, unread),
-        (GATES, note_pull),
-    ):
-        desk.when(me == place, act)
-    meet()
-    desk.when(me == VALUES, note_log)
-    desk.when(me == GATES, note_key)
+    for m, role in enumerate((note_query, note_delta, unread, note_pull)):
+        desk.when(me == m, role)
     mosaic.wait_smem_to_gmem(0)
