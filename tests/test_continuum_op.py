@@ -126,24 +126,21 @@ def test_chunks_that_are_solved_together_are_chunks_one_by_one(options, monkeypa
 
 
 def test_the_backward_pass_need_not_go_from_group_to_group_again(monkeypatch):
-    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 8)
+    monkeypatch.setattr("hope_jax.ops.continuum.TOGETHER", 16)
     arrays, where = random_call("linear", "plain", time=48)
 
-    def cost(policy):
-        @partial(jax.checkpoint, policy=policy, prevent_cse=False)
+    def products(policy):
+        @partial(jax.checkpoint, policy=policy)
         def loss(arrays):
             y, _ = continuum_level(*arrays, None, where, form="together", chunk=4)
             return jnp.sum(jnp.sin(y))
 
-        compiled = jax.jit(jax.grad(loss)).lower(arrays).compile()
-        return compiled.cost_analysis()["flops"], compiled(arrays)
+        return str(jax.make_jaxpr(jax.grad(loss))(arrays)).count("dot_general")
 
     policies = jax.checkpoint_policies
-    kept, slopes = cost(policies.save_only_these_names(KEPT))
-    again, same = cost(policies.nothing_saveable)
-    least, _ = cost(policies.everything_saveable)
-    assert kept < least + 0.3 * (again - least)
-    close(slopes, same)
+    kept, least = products(policies.save_only_these_names(KEPT)), products(lambda *_, **__: True)
+    assert kept - least <= 3  # the slow weights' answers, the tokens' overlaps, and decays
+    assert products(policies.nothing_saveable) - least > 9
 
 
 def test_the_reference_is_the_equation_by_hand():
