@@ -197,11 +197,7 @@ def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, shape, monke
 
 @pytest.mark.parametrize(
     "case",
-    [
-        "shorter than a chunk",
-        "goes on inside a chunk",
-        "chunk's start is read, l2, literal",
-    ],
+    ["shorter than a chunk", "chunk's start is read, l2, literal"],
 )
 def test_self_referential_tpu_kernel_is_the_reference(case):
     assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4, TPU)
@@ -267,14 +263,20 @@ def test_what_the_kernel_does_not_take_is_an_error_that_says_why(chunk, gradient
 
 
 @pytest.mark.parametrize(
-    ("dtype", "width", "fits"),
-    [(jnp.bfloat16, 128, True), (jnp.float32, 64, True), (jnp.float32, 128, False)],
+    ("dtype", "precision", "width", "fits"),
+    [
+        (jnp.bfloat16, None, 128, True),
+        (jnp.float32, None, 64, True),
+        (jnp.float32, "highest", 64, False),
+        (jnp.float32, None, 128, False),
+    ],
 )
-def test_memories_that_do_not_fit_on_chip_are_refused(dtype, width, fits):
+def test_memories_that_do_not_fit_on_chip_are_refused(dtype, precision, width, fits):
     op, (x, *rest) = self_referential_call(chunk=64, width=width, dtype=dtype)
 
     def shape():
-        return jax.eval_shape(lambda x: op(x, *rest, KERNEL)[0], x)
+        with jax.default_matmul_precision(precision):
+            return jax.eval_shape(lambda x: op(x, *rest, KERNEL)[0], x)
 
     if fits:
         assert shape().shape == x.shape

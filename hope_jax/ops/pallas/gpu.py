@@ -26,6 +26,7 @@ numbered so that a multiprocessor has those of one memory alone (120 us), nor al
 into one matrix of 256 rows helped.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -58,14 +59,19 @@ class Launch(NamedTuple):
     interpret: bool = False
 
 
+ROUNDING = (None, "default", "fastest", "bfloat16", "high", "bfloat16_3x", "tensorfloat32")
+"""Values of `jax.default_matmul_precision` with which float32 operands are rounded to tf32."""
+
 KIB = {
-    (64, 64, 2): (64, 64, 64, 64),
-    (64, 128, 2): (192, 160, 112, 88),
-    (32, 64, 4): (112, 112, 52, 52),
-    (64, 64, 4): (160, 160, 96, 96),
-    (32, 128, 4): (336, 336, 176, 176),
+    (64, 64, "bfloat16"): (64, 64, 64, 64),
+    (64, 128, "bfloat16"): (192, 160, 112, 88),
+    (64, 64, "tf32"): (112, 48, 80, 48),
+    (32, 128, "tf32"): (math.inf, math.inf, 80, 80),
+    (32, 64, "float32"): (112, 112, 52, 52),
+    (64, 64, "float32"): (math.inf, math.inf, 96, 96),
+    (32, 128, "float32"): (math.inf, math.inf, 176, 176),
 }
-"""Shared memory that the largest launch asks for, by tokens of a chunk, features and bytes of each:
+"""Shared memory that the largest launch asks for, by tokens of a chunk, features and operands:
 where tokens consult memories on Hopper and before it, then where they do not, likewise."""
 
 HOPPER_KIB = 227
@@ -75,9 +81,9 @@ def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
     """Says whether the GPU's shared memory holds what a program needs at once.
 
     What that is was read off kernels compiled for compute capabilities 8.0 and 9.0, with all
-    memories and with one, float32 also at the highest precision, which takes the most. Chunks of
-    128 tokens have room on Hopper in bfloat16, but spill registers by the thousand. The GPU is
-    jax's first; kernels that run elsewhere are judged as for a Hopper GPU.
+    memories and with one. It is infinite for what compiles in minutes or spills most of its
+    registers; so do chunks of 128 tokens. The GPU is jax's first; kernels that run elsewhere are
+    judged as for a Hopper GPU.
 
     Args:
       plan: What to compute.
@@ -89,13 +95,15 @@ def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
     if device.platform == PLATFORM:
         old = getattr(device, "compute_capability", "").startswith(("7.", "8."))
         room = getattr(device, "shared_memory_per_block_optin", 1024 * room) / 1024
-    shape = plan.chunk, widest, jnp.dtype(dtype).itemsize
+    operand = jnp.dtype(dtype).name
+    if operand == "float32" and jax.config.jax_default_matmul_precision in ROUNDING:
+        operand = "tf32"
     needs = [
         kib[old + 2 * (not plan.consults)]
-        for (chunk, width, size), kib in KIB.items()
-        if shape[0] <= chunk and shape[1] <= width and shape[2] == size
+        for (chunk, width, kind), kib in KIB.items()
+        if plan.chunk <= chunk and widest <= width and kind == operand
     ]
-    return min(needs, default=HOPPER_KIB + 1) <= room
+    return min(needs, default=math.inf) <= room
 
 
 def forward(
