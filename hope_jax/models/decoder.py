@@ -187,7 +187,7 @@ class Decoder(nnx.Module):
         ids = config.known_vocabulary()
         self.embedding = Embedding(ids, config.width, key=embed)
         # One block with every parameter stacked over the layers: compile time is flat in depth.
-        self.blocks = jax.vmap(lambda one: Block(config, key=one))(
+        self.blocks: Any = jax.vmap(lambda one: Block(config, key=one))(
             jax.random.split(blocks, config.layers)
         )
         learn_by(self.blocks, config.objective)

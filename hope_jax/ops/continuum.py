@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -496,10 +497,32 @@ def _decays(pace: Pace, count: int) -> _Decays:
     )
 
 
-class _Group(NamedTuple):
-    """Groups of chunks, as the recurrence from group to group meets them.
+class _Tables(NamedTuple):
+    """What a group of chunks does with states and errors, worked out before; see `_Group`.
 
-    Of many, the first three attributes stand side by side in time; the others have an axis of them.
+    Of many groups, each has an axis of them.
+
+    Attributes:
+      keys: Whether a token is the key of a pair.
+      read: What is left of Z at each token.
+      write: The shares of a pair's error in the move; zero where a token is no key.
+      size: No less than any number of a token in `write h^T`, over what it teaches.
+      lower: What pairs teach tokens of later chunks; None where the group is one chunk.
+      decay: What is left of Z after the group.
+      stay: Whether no document starts in it.
+    """
+
+    keys: Bool[Array, "B *G S"]
+    read: Float[Array, "B *G S J"]
+    write: Float[Array, "B *G S J"]
+    size: Float[Array, "B *G S"]
+    lower: Float[Array, "B *G R R"] | None
+    decay: Float[Array, "B *G J J"]
+    stay: Bool[Array, " B *G"]
+
+
+class _Group(NamedTuple):
+    """A group of chunks, or all of them side by side in time, as the recurrence meets them.
 
     A state Z is D, or D and the momentum. With `h` the inputs, tau the errors that a group teaches
     and the sums over J, a group answers and makes of the state
@@ -511,25 +534,13 @@ class _Group(NamedTuple):
       hidden: The inputs h.
       slow: What the slow weights answer.
       wanted: What should have been answered.
-      keys: Whether a token is the key of a pair.
-      read: What is left of Z at each token.
-      write: The shares of a pair's error in the move; zero where a token is no key.
-      size: No less than any number of a token in `write h^T`, over what it teaches.
-      lower: What pairs teach tokens of later chunks; None where the group is one chunk.
-      decay: What is left of Z after the group.
-      stay: Whether no document starts in it.
+      tables: The rest.
     """
 
     hidden: Float[Array, "B S I"]
     slow: Float[Array, "B S O"]
     wanted: Float[Array, "B S O"]
-    keys: Bool[Array, "B *G S"]
-    read: Float[Array, "B *G S J"]
-    write: Float[Array, "B *G S J"]
-    size: Float[Array, "B *G S"]
-    lower: Float[Array, "B *G R R"] | None
-    decay: Float[Array, "B *G J J"]
-    stay: Bool[Array, " B *G"]
+    tables: _Tables
 
 
 def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
@@ -552,17 +563,18 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
     size, gain = joined * setting.chunk, _gain(setting)
     batch = len(tokens.x)
     parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[2:]), (tokens.x, tokens.starts))
-    tables = _group(setting, pace, joined, *parts)
-    groups = jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:]), tables)._replace(
+    tables = _tables(setting, pace, joined, *parts)
+    groups = _Group(
         hidden=tokens.x,
         slow=tokens.slow[:, :, 0],
         wanted=jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0))),
+        tables=jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:]), tables),
     )
-    if groups.stay.shape[1] > 1:
+    if groups.tables.stay.shape[1] > 1:
         y, state, finite = _recall(gain, groups)
     else:
         (y, state, finite), _ = _recall_forward(gain, groups)
-    last = _group_at(groups, groups.stay.shape[1] - 1)
+    last = _group_at(groups, groups.tables.stay.shape[1] - 1)
     state, end = _next(last, state, _taught(gain, last, y[:, -size:]))
     writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
     state = tuple(z[:, None] for z in state)
@@ -570,7 +582,7 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
         delta=state[:1],
         momentum=None if fast.momentum is None else state[1:],
         writes=fast.writes + writes,
-        skipped=fast.skipped + joined * groups.stay.shape[1] - writes,
+        skipped=fast.skipped + joined * groups.tables.stay.shape[1] - writes,
     )
 
 
@@ -583,7 +595,7 @@ def _answer(gain, group: _Group, mixing, state: tuple[Float[Array, "B I O"], ...
     """What a group answers from a state, which is empty before the first."""
     y = group.slow.astype(_wide(group.slow.dtype))
     if state:
-        y = y + _weighted_sum(group.read, [_product_with(z, group.hidden) for z in state])
+        y = y + _weighted_sum(group.tables.read, [_product_with(z, group.hidden) for z in state])
     if mixing is not None:
         y = y + _mixed(mixing, _taught(gain, group, y))
     # Written once: all that goes on from here would else compute it again from its parts.
@@ -595,18 +607,18 @@ def _taught(gain, group: _Group, y):
     error = y.astype(_wide(y.dtype)) - group.wanted / gain
     if gain > 1:
         error = error - (1 - 1 / gain) * group.slow
-    return _where(group.keys, error).astype(group.slow.dtype)
+    return _where(group.tables.keys, error).astype(group.slow.dtype)
 
 
 def _next(group: _Group, state, taught):
     """The state after a group, and whether its move is finite; if it is not, it is left out."""
     largest = jnp.sum(jnp.abs(taught.astype(state[0].dtype)), -1)
-    bound = jnp.sum(group.size * largest, -1) + jnp.sum(group.decay, (1, 2))
+    bound = jnp.sum(group.tables.size * largest, -1) + jnp.sum(group.tables.decay, (1, 2))
     finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
-    moves = _moves(group.hidden, group.write, taught)
-    new = [kept - move for kept, move in zip(_mix(group.decay, state), moves, strict=True)]
+    moves = _moves(group.hidden, group.tables.write, taught)
+    new = [kept - move for kept, move in zip(_mix(group.tables.decay, state), moves, strict=True)]
     return tuple(
-        jnp.where(_rows(finite, a), a, jnp.where(_rows(group.stay, b), b, 0))
+        jnp.where(_rows(finite, a), a, jnp.where(_rows(group.tables.stay, b), b, 0))
         for a, b in zip(new, state, strict=True)
     ), finite
 
@@ -625,11 +637,11 @@ def _weighed(shares: Float[Array, "B S"], array: Float[Array, "B S N"]) -> Float
     return (shares[..., None] * array).astype(array.dtype)
 
 
-def _weighted_sum(shares: Float[Array, "B S J"], arrays):
+def _weighted_sum(shares: Float[Array, "B S J"], arrays) -> Any:
     return sum(w[..., None] * a for w, a in zip(jnp.moveaxis(shares, -1, 0), arrays, strict=True))
 
 
-def _mix(decay: Float[Array, "B J J"], state) -> list[Float[Array, "B I O"]]:
+def _mix(decay: Float[Array, "B J J"], state) -> list[Any]:
     """`decay state`, term by term: as a product it would be rounded."""
     rows = jnp.moveaxis(decay, 0, 2)[..., None, None]
     return [sum(share * z for share, z in zip(row, state, strict=True)) for row in rows]
@@ -651,12 +663,12 @@ def _table_at(tables, index):
 
 
 def _group_at(groups: _Group, index) -> _Group:
-    size = groups.keys.shape[-1]
-    tables = groups._replace(hidden=None, slow=None, wanted=None)
-    return _table_at(tables, index)._replace(
+    size = groups.tables.keys.shape[-1]
+    return _Group(
         hidden=_time_at(groups.hidden, index, size),
         slow=_time_at(groups.slow, index, size),
         wanted=_time_at(groups.wanted, index, size),
+        tables=_table_at(groups.tables, index),
     )
 
 
@@ -677,11 +689,11 @@ def _recall(gain, groups: _Group):
 
 
 def _recall_forward(gain, groups: _Group):
-    mixing, hidden = None, groups.hidden
-    if groups.lower is not None:
-        chunk = groups.keys.shape[-1] - groups.lower.shape[-1]
-        inverse = _inverse_beside_one(groups.lower.reshape(-1, *groups.lower.shape[2:]), chunk)
-        mixing = inverse.reshape(groups.lower.shape).astype(hidden.dtype)
+    mixing, hidden, lower = None, groups.hidden, groups.tables.lower
+    if lower is not None:
+        chunk = groups.tables.keys.shape[-1] - lower.shape[-1]
+        inverse = _inverse_beside_one(lower.reshape(-1, *lower.shape[2:]), chunk)
+        mixing = inverse.reshape(lower.shape).astype(hidden.dtype)
         mixing = checkpoint_name(mixing, KEPT)
 
     def answer(index, state):
@@ -696,10 +708,10 @@ def _recall_forward(gain, groups: _Group):
         state, finite = _next(group, state, _taught(gain, group, y))
         return (index + 1, state), (kept, y, finite)
 
-    first, last = _group_at(groups, 0), groups.stay.shape[1] - 1
+    first, last = _group_at(groups, 0), groups.tables.stay.shape[1] - 1
     begin = _answer(gain, first, _table_at(mixing, 0), ())
     zero = jnp.zeros((len(hidden), hidden.shape[-1], begin.shape[-1]), _wide(begin.dtype))
-    state = (zero,) * first.read.shape[-1]
+    state = (zero,) * first.tables.read.shape[-1]
     if not last:
         return (begin, state, jnp.zeros((0, len(hidden)), bool)), None
     state, moved = _next(first, state, _taught(gain, first, begin))
@@ -708,7 +720,7 @@ def _recall_forward(gain, groups: _Group):
     )
     kept, end = answer(last, carry[1])
     states = tuple(jnp.concatenate([a, b[None]]) for a, b in zip(states, kept, strict=True))
-    if len(states) * hidden.shape[-1] <= LARGEST * groups.keys.shape[-1]:
+    if len(states) * hidden.shape[-1] <= LARGEST * groups.tables.keys.shape[-1]:
         states = checkpoint_name(states, KEPT)
     y = checkpoint_name(jnp.concatenate([begin, _in_time(y), end], 1), KEPT)
     finite = checkpoint_name(jnp.concatenate([moved[None], finite]), KEPT)
@@ -718,8 +730,8 @@ def _recall_forward(gain, groups: _Group):
 def _recall_backward(gain, kept, cotangents):
     groups, mixing, states, y, finite = kept
     d_y, d_state, _ = cotangents
-    dtype, wide, size = d_y.dtype, d_state[0].dtype, groups.keys.shape[-1]
-    last = groups.stay.shape[1] - 1
+    dtype, wide, size = d_y.dtype, d_state[0].dtype, groups.tables.keys.shape[-1]
+    last = groups.tables.stay.shape[1] - 1
 
     def overlaps(array, others):
         """The gradient of shares of an array."""
@@ -737,15 +749,15 @@ def _recall_backward(gain, kept, cotangents):
         # The rest is kept apart from `d_y`, beside which it is small and would be rounded.
         d_taught = d_taught + _unmixed(_table_at(mixing, index), d_mixed)
         d_before = (d_answer + d_taught).astype(dtype)
-        d_lower = -_lower_products(groups.lower[:, 0], d_before, taught(index))
+        d_lower = -_lower_products(groups.tables.lower[:, 0], d_before, taught(index))
         return d_before, d_taught.astype(dtype), d_lower
 
     def answer(index, d_taught, d_state):
         group = _group_at(groups, index)
         d_before, d_taught, d_lower = unmix(index, d_taught)
         d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
-        d_hidden = _weighted_sum(group.read, d_seen)
-        more = _moves(group.hidden, group.read, d_before)
+        d_hidden = _weighted_sum(group.tables.read, d_seen)
+        more = _moves(group.hidden, group.tables.read, d_before)
         d_state = tuple(a + b for a, b in zip(d_state, more, strict=True))
         return d_state, (d_taught, d_lower, overlaps(group.hidden, d_seen), d_hidden)
 
@@ -754,16 +766,15 @@ def _recall_backward(gain, kept, cotangents):
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
         d_move = [-d.astype(dtype) for d in d_new]
         d_weighed = [_product_with(d, group.hidden) for d in d_move]
-        d_taught = _weighted_sum(group.write, d_weighed)
+        d_taught = _weighted_sum(group.tables.write, d_weighed)
         d_written = [jnp.einsum("BSO,BIO->BSI", told, d) for d in d_move]
-        d_hidden = _weighted_sum(group.write, d_written)
+        d_hidden = _weighted_sum(group.tables.write, d_written)
         before = _at(states, jnp.maximum(index - 1, 0))
         d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
         d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
-        d_state = tuple(
-            a + jnp.where(_rows(~moved & group.stay, b), b, 0)
-            for a, b in zip(_mix(jnp.swapaxes(group.decay, 1, 2), d_new), d_state, strict=True)
-        )
+        older = _mix(jnp.swapaxes(group.tables.decay, 1, 2), d_new)
+        still = [jnp.where(_rows(~moved & group.tables.stay, d), d, 0) for d in d_state]
+        d_state = tuple(a + b for a, b in zip(older, still, strict=True))
         return d_state, d_taught, d_hidden, overlaps(told, d_weighed), d_decay
 
     def step(carry, _):
@@ -797,22 +808,24 @@ def _recall_backward(gain, kept, cotangents):
         *(begin[2:], between[2:], end[2:]),
     )
     d_taught = d_taught / gain
-    slopes = _Group(
-        hidden=d_hidden,
-        slow=d_y + d_taught,
-        wanted=-d_taught,
-        keys=None,
+    tables = _Tables(
+        keys=_no_slope(groups.tables.keys),
         read=d_read,
         write=d_write,
-        size=jnp.zeros_like(groups.size),
+        size=jnp.zeros_like(groups.tables.size),
         lower=d_lower,
         decay=d_decay,
-        stay=None,
+        stay=_no_slope(groups.tables.stay),
     )
+    slopes = _Group(hidden=d_hidden, slow=d_y + d_taught, wanted=-d_taught, tables=tables)
     return (slopes,)
 
 
 _recall.defvjp(_recall_forward, _recall_backward)
+
+
+def _no_slope(array: Bool[Array, "..."]) -> Any:
+    return np.zeros(array.shape, jax.dtypes.float0)
 
 
 def _lower_products(like: Float[Array, "B R R"], rows, columns) -> Float[Array, "B R R"]:
@@ -824,8 +837,8 @@ def _lower_products(like: Float[Array, "B R R"], rows, columns) -> Float[Array, 
     return product(rows[:, size - part :], columns[:, :part])
 
 
-def _group(setting, pace, joined: int, x: Float[Array, "B S I"], starts) -> _Group:
-    """Works out the tables, which do not depend on the state that a group begins with."""
+def _tables(setting, pace, joined: int, x: Float[Array, "B S I"], starts) -> _Tables:
+    """Works out what does not depend on the state that a group begins with."""
     wide, chunk = _wide(x.dtype), setting.chunk
     batch, size = x.shape[:2]
     decays = _decays(pace, joined)
@@ -850,10 +863,7 @@ def _group(setting, pace, joined: int, x: Float[Array, "B S I"], starts) -> _Gro
     # Repeated, not looked up: the gradient of a look-up adds up one number after the other.
     read = jnp.stack([seen * jnp.repeat(share[:joined], chunk) for share in reads], -1)
     write = jnp.stack([learned * jnp.repeat(share[::-1], chunk) for share in writes], -1)
-    return _Group(
-        hidden=None,
-        slow=None,
-        wanted=None,
+    return _Tables(
         keys=keys,
         # In a group of one chunk these are ones and zeros, whose gradient would be found in vain.
         read=read if joined > 1 else jax.lax.stop_gradient(read),
