@@ -96,7 +96,7 @@ def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
         old = getattr(device, "compute_capability", "").startswith(("7.", "8."))
         room = getattr(device, "shared_memory_per_block_optin", 1024 * room) / 1024
     operand = jnp.dtype(dtype).name
-    if operand == "float32" and jax.config.jax_default_matmul_precision in ROUNDING:
+    if operand == "float32" and jax.default_matmul_precision.value in ROUNDING:
         operand = "tf32"
     needs = [
         kib[old + 2 * (not plan.consults)]
