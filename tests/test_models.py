@@ -26,7 +26,8 @@ def built(name):
 @cache
 def reader(name):
     """The model as one compiled function, for all tests that call it."""
-    return jax.jit(lambda tokens, memory, starts: built(name)(tokens, memory, starts))
+    model = built(name)
+    return jax.jit(lambda tokens, memory, starts: model(tokens, memory, starts))
 
 
 def draw(seed=0, batch=2, time=TIME):

@@ -18,6 +18,7 @@ from hope_jax.modules.nonparametric import NonparametricConfig
 from hope_jax.modules.self_reference import SelfModifyingTitansConfig
 from hope_jax.modules.titans import TitansConfig
 from hope_jax.ops.continuum import KEPT
+from hope_jax.ops.fused import READ
 from hope_jax.shapes import Activations, Logits, Starts, Tokens
 from hope_jax.sharding import constrain
 
@@ -30,22 +31,19 @@ MixerConfig = (
 )
 Memory = Any  # a pytree: `BlockMemory` with the layers stacked in front
 
-KERNELS = ("dot_product_attention_fwd_wrapper", "pallas_call")
-"""Primitives that stand for a whole kernel: cuDNN's attention and those of this project."""
-
 
 def _is_product(primitive: Any, *operands: Any, **parameters: Any) -> bool:
-    if primitive.name in KERNELS:
+    if primitive.name == "dot_product_attention_fwd_wrapper":  # cuDNN's attention
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
         primitive, *operands, **parameters
     )
 
 
-_levels = jax.checkpoint_policies.save_only_these_names(KEPT)
+_names = jax.checkpoint_policies.save_only_these_names
 REMAT = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(_is_product, _levels),
-    "full": _levels,
+    "dots": jax.checkpoint_policies.save_from_both_policies(_is_product, _names(KEPT, READ)),
+    "full": _names(KEPT),
 }
 
 

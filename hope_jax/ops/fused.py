@@ -6,11 +6,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import platform
 from hope_jax.ops.pallas.chunk import Plan, Values
 from hope_jax.ops.pallas.walk import Sequence
+
+READ = "memories_read"
+"""The name for rematerialisation policies of what one launch reads and keeps for `backward`."""
 
 
 class Carried(NamedTuple):
@@ -127,7 +131,8 @@ def _scan(machine, plan, sequence):
 
 
 def _scan_forward(machine, plan, sequence):
-    y, ends, held, starts = _forward(machine, plan, sequence, keep=True)
+    learned = _forward(machine, plan, sequence, keep=True)
+    y, ends, held, starts = jax.tree.map(lambda a: checkpoint_name(a, READ), learned)
     return (y, ends, held), (sequence, starts)
 
 
