@@ -183,28 +183,25 @@ def backward(
       unless the plan holds), and, per row of the batch, `[B, H, ...]`, of the origins (None
       without) and of the bias (None without).
     """
-    notes, weight, slopes = {}, 1, None
     if on_hopper() and hopper.takes(plan, _keys(sequence), dy.shape[-1]):
-        noted = hopper_prepare.prepare(plan, sequence, starts, dy)
-        given = {"q": noted.pop("dquery")}
-        gradients, slopes = hopper_backward.unlearn(plan, sequence, noted, starts, dstates)
+        notes, weight = hopper_prepare.prepare(plan, sequence, starts, dy), 1
+        given = {"q": notes.pop("dquery")}
+        gradients, slopes = hopper_backward.unlearn(plan, sequence, notes, starts, dstates)
+        notes = {}
     else:
         notes = _prepare(plan, sequence, starts, dy, launch)
         given = {} if "q" in plan.memories else {"q": notes.pop("dquery")}
         weight = notes.pop("weight", 1)
-        if plan.consults or sequence.origins is not None:
-            call = (plan, sequence, notes, starts, dy, dstates, dheld, launch)
-            gradients, slopes = _unlearn(*call)
-        else:
+        if not plan.consults and sequence.origins is None:
             dstates, afters = _push_back(plan, sequence, notes, dstates, launch)
             dtokens = _unlearn_at_once(plan, sequence, notes, starts, afters, launch)
-            dheld = dorigins = dbias = None
-    if slopes is not None:
-        dstates, dheld, dorigins = gradients
-        dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
-        dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
-    dorigins = walk.read_by_origin(plan, sequence, notes, weight, dy, dorigins)
-    return dtokens | given, dstates, dheld, dorigins, dbias
+            return dtokens | given, dstates, None, None, None
+        call = (plan, sequence, notes, starts, dy, dstates, dheld, launch)
+        gradients, slopes = _unlearn(*call)
+    dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
+    dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
+    origins = walk.read_by_origin(plan, sequence, notes, weight, dy, gradients.origins)
+    return dtokens | given, gradients.states, gradients.held, origins, dbias
 
 
 def _prepare(plan, sequence, starts, dy, launch):

@@ -73,10 +73,13 @@ def launch(kernel: Callable, name: str, out: Any, scratch: Any, interpret: Any, 
       interpret: False, or how Mosaic is to interpret it.
       **grid: The numbers of programs along named axes.
     """
-    kernel = partial(kernel)
-    kernel.__name__ = name
+
+    def body(*refs):
+        kernel(*refs)
+
+    body.__name__ = name
     return mosaic.kernel(
-        kernel,
+        body,
         out_type=out,
         scratch_types=(*scratch, mosaic.Barrier(num_arrivals=len(MEMORIES))),
         grid=tuple(grid.values()),

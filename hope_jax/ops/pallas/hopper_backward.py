@@ -104,11 +104,12 @@ def unlearn(
       The gradients of the states before the tokens and of the origins; what `chunk.charge` returns.
     """
     place = batch, heads, count = starts["memory"].shape[:3]
+    origin = sequence.origins or {}
     given = {name: note for name, note in notes.items() if name != "dquery"}
     given |= {
         "x": sequence.tokens["x"],
         "state": [starts[name].reshape(-1, *starts[name].shape[3:]) for name in MEMORIES],
-        "origin": [whole(sequence.origins[name]) for name in MEMORIES],
+        "origin": [whole(origin[name]) for name in MEMORIES],
         "after": jnp.stack([whole(dstates[name]) for name in MEMORIES], 2),
         "shift": jnp.zeros(1, jnp.int32),
     }
@@ -323,7 +324,8 @@ def _unlearn_kernel(
         tiles, before = fresh(i), column(i, "before")
         slope = desk.dot(*((tiles("owed", m), tiles("state", m)) for m in every))
         slope *= by_row(before)
-        put(vectors.at[0], sum(desk.read(vectors.at[m], BY_ROW, far=False) for m in every))
+        totals = [desk.read(vectors.at[m], BY_ROW, far=False) for m in every]
+        put(vectors.at[0], totals[0] + totals[1] + totals[2] + totals[3])
         put(vectors.at[5], jnp.sum(wide(tiles("key")) * slope, 1))
         slope = desk.dot(*((tiles("owed", m), tiles("origin", m)) for m in every), start=slope)
         meet()

@@ -70,17 +70,18 @@ def forward(
     x = sequence.tokens["x"]
     batch, time, heads, _ = x.shape
     count = time // SIZE
+    origin = sequence.origins or {}
     given = {
         "x": x,
         "q": sequence.tokens["q"],
-        "origin": [whole(sequence.origins[name]) for name in MEMORIES],
+        "origin": [whole(origin[name]) for name in MEMORIES],
         "state": jnp.stack([whole(sequence.states[name]) for name in MEMORIES], 2),
         "bias": sequence.bias,
         "shift": jnp.zeros(1, jnp.int32),
     }
     if plan.segmented:
         given["places"] = places_of(sequence, count)
-    out = {
+    out: dict[str, Any] = {
         "y": jax.ShapeDtypeStruct(x.shape, x.dtype),
         "states": jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32),
     }

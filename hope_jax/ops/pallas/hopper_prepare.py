@@ -74,11 +74,12 @@ def prepare(
     x = sequence.tokens["x"]
     batch, time, heads, _ = x.shape
     count = time // SIZE
+    origin = sequence.origins or {}
     given = {
         "x": x,
         "q": sequence.tokens["q"],
         "dy": dy,
-        "origin": [whole(sequence.origins[name]) for name in MEMORIES],
+        "origin": [whole(origin[name]) for name in MEMORIES],
         "state": [starts[name].reshape(-1, *starts[name].shape[3:]) for name in MEMORIES],
         "bias": sequence.bias,
         "shift": jnp.zeros(1, jnp.int32),
@@ -114,7 +115,7 @@ def _kernel(
     i = (b * heads + h) * count + n
     tiles = Tiles(ref, places, given["shift"][0])
 
-    def tell(name, value, memory=None):
+    def tell(name, value, memory: Any = None):
         if name == "target":
             put(out["target"].at[memory, i], value)
         elif name == "scale":
