@@ -184,10 +184,10 @@ def backward(
       without) and of the bias (None without).
     """
     if on_hopper() and hopper.takes(plan, _keys(sequence), dy.shape[-1]):
-        notes, weight = hopper_prepare.prepare(plan, sequence, starts, dy), 1
-        given = {"q": notes.pop("dquery")}
-        gradients, slopes = hopper_backward.unlearn(plan, sequence, notes, starts, dstates)
-        notes = {}
+        noted, notes = hopper_prepare.prepare(plan, sequence, starts, dy), {}
+        given = {"q": noted.pop("dquery")}
+        gradients, slopes = hopper_backward.unlearn(plan, sequence, noted, starts, dy, dstates)
+        origins = gradients.origins
     else:
         notes = _prepare(plan, sequence, starts, dy, launch)
         given = {} if "q" in plan.memories else {"q": notes.pop("dquery")}
@@ -198,9 +198,9 @@ def backward(
             return dtokens | given, dstates, None, None, None
         call = (plan, sequence, notes, starts, dy, dstates, dheld, launch)
         gradients, slopes = _unlearn(*call)
+        origins = walk.read_by_origin(plan, sequence, notes, weight, dy, gradients.origins)
     dbias = jnp.sum(slopes["gates"], (2, 3))[..., None, :] if plan.gates else None
     dtokens = _answer(plan, sequence, notes, starts, slopes, launch)
-    origins = walk.read_by_origin(plan, sequence, notes, weight, dy, gradients.origins)
     return dtokens | given, gradients.states, gradients.held, origins, dbias
 
 

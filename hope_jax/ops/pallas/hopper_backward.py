@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 from jax.experimental.pallas import triton
+from jaxtyping import Array
 
 from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, Values
 from hope_jax.ops.pallas.hopper import (
@@ -86,6 +87,7 @@ def unlearn(
     sequence: Sequence,
     notes: Values,
     starts: Values,
+    dy: Array,
     dstates: Values,
     *,
     interpret: Any = False,
@@ -97,6 +99,7 @@ def unlearn(
       sequence: What was read.
       notes: What `hopper_prepare.prepare` noted.
       starts: The states at the chunks' starts.
+      dy: The gradient of what was read.
       dstates: The gradients of the states after the last token.
       interpret: False, or how Mosaic is to interpret the kernel.
 
@@ -137,18 +140,20 @@ def unlearn(
     wide_gates = jnp.pad(gates, [(0, 0), (0, 0), (0, SIZE - GATE_ROWS)]).astype(plan.operand)
     said = [out["owed"], out["target"], out["k"], out["v"], wide_gates]
     asked = [notes["key"], notes["value"], sequence.tokens["x"]]
-    origins = _blame(said, asked, place, interpret)
+    origins = _blame(said, asked, dy, sequence.tokens["q"], place, interpret)
     origins = {name: narrow(name, origins[:, :, m]) for m, name in enumerate(MEMORIES)}
     return Gradients(states, None, origins), slopes
 
 
-def _blame(slopes, rows, place, interpret):
+def _blame(slopes, rows, dy, q, place, interpret):
     """Hands gradients of what origins answered to them, `[B, H, memories, V, K]`.
 
     Args:
       slopes: What is owed for writes and for targets, `[memories, B * H * N, C, V]`, and the slopes
         of k, v and the gates, `[B * H * N, C, V]`.
       rows: What the origins were asked: keys and values `[B * H * N, C, K]`, tokens `[B, T, H, K]`.
+      dy: The gradient of what was read, `[B, T, H, V]`.
+      q: What it was read with, `[B, T, H, K]`.
       place: B, H, N.
       interpret: Whether to interpret the kernel instead of compiling it.
     """
@@ -156,39 +161,38 @@ def _blame(slopes, rows, place, interpret):
     slopes = [slope.reshape(*slope.shape[:-3], *place, *SQUARE) for slope in slopes]
     rows = [*(row.reshape(*place, *SQUARE) for row in rows[:2]), rows[2]]
 
-    def kernel(owed, target, k, v, gates, key, value, x, origins):
-        def add(left, right, n, total):
+    def kernel(owed, target, k, v, gates, key, value, x, dy, q, origins):
+        def add(pair, n, total):
             tokens = pl.ds(n * SIZE, SIZE)
-            pair = left[n], right[tokens] if right is x else right[n]
+            left, right = (ref[n] if len(ref.shape) == 3 else ref[tokens] for ref in pair)
             over_tokens = ((0,), (0,)), ((), ())
             return total + jax.lax.dot_general(
-                *pair, over_tokens, preferred_element_type=jnp.float32
+                left, right, over_tokens, preferred_element_type=jnp.float32
             )
 
-        for m, slope in enumerate((k, v, None, gates)):
+        for m, told in enumerate(((k, x), (v, x), (dy, q), (gates, x))):
 
             @pl.when(pl.program_id(2) == m)
-            def _(slope=slope):
+            def _(told=told):
                 total = jnp.zeros(SQUARE, jnp.float32)
-                for left, right in ((owed, key), (target, value), (slope, x)):
-                    if left is not None:
-                        total = jax.lax.fori_loop(0, count, partial(add, left, right), total)
+                for pair in ((owed, key), (target, value), told):
+                    total = jax.lax.fori_loop(0, count, partial(add, pair), total)
                 origins[...] = total
 
     chunks = (count, *SQUARE)
     of_one = pl.BlockSpec((None, None, None, *chunks), lambda h, b, m: (m, b, h, 0, 0, 0))
     of_all = pl.BlockSpec((None, None, *chunks), lambda h, b, _: (b, h, 0, 0, 0))
-    x = pl.BlockSpec((None, count * SIZE, None, SIZE), lambda h, b, _: (b, 0, h, 0))
+    tokens = pl.BlockSpec((None, count * SIZE, None, SIZE), lambda h, b, _: (b, 0, h, 0))
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32),
         grid=(heads, batch, len(MEMORIES)),
-        in_specs=[of_one, of_one, *[of_all] * 5, x],
+        in_specs=[of_one, of_one, *[of_all] * 5, *[tokens] * 3],
         out_specs=pl.BlockSpec((None, None, None, *SQUARE), lambda h, b, m: (b, h, m, 0, 0)),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
         interpret=bool(interpret),
         name="memory_blame",
-    )(*slopes, *rows)
+    )(*slopes, *rows, dy, q)
 
 
 def _unlearn_kernel(

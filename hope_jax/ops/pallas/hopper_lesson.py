@@ -149,9 +149,10 @@ class Lesson:
         )
         self.tell("forget", 1 / (1 + jnp.exp(retain)))
         small = jnp.exp(-jnp.abs(retain))
-        rest = 1 + small  # log1p: the logarithm corrected for the digits that this sum loses
-        log = jnp.log(rest) * (small / jnp.maximum(rest - 1, 1e-30))
-        log = jnp.minimum(retain, 0.0) - jnp.where(rest == 1, small, log)
+        # log1p(small): by its series where the logarithm of a sum with 1 would lose its digits.
+        series = small * (1 - small * (0.5 - small / 3))
+        rest = jnp.where(small < 0.01, series, jnp.log(1 + small))
+        log = jnp.minimum(retain, 0.0) - rest
         put(self.vectors.at[VECTORS.index("log")], log)
         logs, seen = self.vector("log", BY_COLUMN), row >= line
         ending = logs
