@@ -1,4 +1,4 @@
-"""Runs matrix memories over a sequence on a GPU, through Triton.
+"""Runs matrix memories over a sequence on a GPU, through Triton or, where `hopper.takes`, Mosaic.
 
 Forward, one program for each row and head goes through the whole sequence, so that the scan over
 chunks is one launch. The states lie in memory that it alone writes, and which the caches hold:
@@ -23,7 +23,7 @@ instruction every 9.6 cycles, of which it waits 3.1 for memory, 1.4 at barriers 
 instructions. With half the warps two fit, which takes 103 us; with matrices and notes all read
 before anything is computed, the same. Neither gradients of tokens summed in float32, nor programs
 numbered so that a multiprocessor has those of one memory alone (120 us), nor all memories stacked
-into one matrix of 256 rows helped.
+into one matrix of 256 rows helped. `hopper_backward` does: 1.5 ms with the sums of origins.
 """
 
 import math
