@@ -31,7 +31,13 @@ SQUARE = (SIZE, SIZE)
 
 
 def takes(plan: Plan, keys: int, values: int) -> bool:
-    """Says whether `unlearn` is made for a plan: that of the defaults, in bfloat16."""
+    """Says whether these kernels are made for a plan: that of the defaults, in bfloat16.
+
+    Args:
+      plan: What to compute.
+      keys: Features of keys.
+      values: Features of values.
+    """
     return (
         plan.names == MEMORIES
         and plan.gates == ("eta", "alpha")

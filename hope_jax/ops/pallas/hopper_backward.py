@@ -15,8 +15,8 @@ to memory, and one more launch adds it up.
 
 Cost for each token of a head with 64 features: 53 products of two 64 x 64 matrices for a chunk,
 0.43 MFLOPs, and 3.4 kB read and written, and half as much again for the origins; 0.15 and 0.8 ms of
-an H100 for a batch of 8 x 4,096 tokens with 16 heads. There the one takes 1.1 ms, 17 us a chunk, and
-the other 0.3.
+an H100 for a batch of 8 x 4,096 tokens with 16 heads. There the one takes 1.1 ms, 17 us a chunk,
+and the other 0.3.
 """
 
 import itertools

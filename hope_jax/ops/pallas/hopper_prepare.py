@@ -5,8 +5,8 @@ A program for each chunk of each head, of four warpgroups, goes through the firs
 
 Cost for each token of a head with 64 features: 60 products of two 64 x 64 matrices for a chunk,
 0.49 MFLOPs, and 3.0 kB read and written; 0.15 and 0.35 ms of an H100 for a batch of 8 x 4,096
-tokens with 16 heads. It takes up to 1.4 ms there, 23 us a program: a program fills a multiprocessor,
-and nothing goes on while it begins and ends.
+tokens with 16 heads. It takes up to 1.4 ms there, 23 us a program: one fills a multiprocessor, and
+nothing goes on while it begins and ends.
 """
 
 from functools import partial
