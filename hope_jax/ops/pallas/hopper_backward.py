@@ -255,7 +255,7 @@ def _unlearn_kernel(
         desk.commit()
         return (after - rounded.astype(jnp.float32)).astype(plan.operand)
 
-    def owe(i):
+    def owe(i, after):
         """Phase 1."""
         tiles, write, ddelta = fresh(i), column(i, "write"), of_main("ddelta", i)
         target = desk.read(given["target"].at[me, i], MATRIX)
@@ -279,7 +279,8 @@ def _unlearn_kernel(
         put(tiles("target", me), jax.lax.cond(me == GATES, unscale_gates, unscale))
         for m in every:
             mosaic.barrier_wait(full.state.at[m])
-        put(vectors.at[me], jnp.sum(wide(tiles("after", me)) * wide(tiles("state", me)), 1))
+        exact = after.astype(jnp.float32) + wide(tiles("after", me))
+        put(vectors.at[me], jnp.sum(exact * wide(tiles("state", me)), 1))
         desk.commit()
         for kind in ("owed", "target"):
             mosaic.copy_smem_to_gmem(tiles(kind, me), out[kind].at[me, i])
@@ -401,7 +402,7 @@ def _unlearn_kernel(
     def chunk(done, after):
         n = count - 1 - done
         i, more = number(n), pl.when(n > 0)
-        owe(i)
+        owe(i, after)
         meet()
         more(lambda: fetch_shared("pull", n - 1))
         for barrier in [full.shared.at[shared.index("key")], *(full.delta.at[m] for m in every)]:

@@ -180,7 +180,8 @@ def _kernel(
     def note_query():
         """Phases 3 and 4 of the first: the gradients of the state, and of queries."""
         put(out["dstate"].at[i], desk.dot((desk.turn(tiles("dying")), tiles("q"))))
-        dquery = desk.dot((tiles("dying"), tiles("state", MAIN)))
+        _, before = lesson.reach(n)
+        dquery = desk.dot((tiles("dy"), tiles("state", MAIN))) * before
         put(vectors.at[VECTORS.index("log")], jnp.sum(dquery * wide(tiles("q")), 1))
         dquery = desk.dot((tiles("dy"), tiles("origin", MAIN)), start=dquery)
         desk.commit()
