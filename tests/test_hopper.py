@@ -13,28 +13,27 @@ from test_kernels import KERNEL, computed, self_referential_call, values_and_gra
 from hope_jax.ops import fused
 from hope_jax.ops.pallas import gpu, hopper_backward, hopper_forward, hopper_prepare
 
-STARTS = {
-    "one document": {},
-    "documents begin inside chunks": {"starts": [[0, 70, 71, 191]]},
+CASES = {
+    "one document": {"time": 192, "batch": 1, "heads": 1},
+    "documents begin inside chunks, own writes are read": {
+        "time": 128,
+        "starts": jnp.zeros((2, 128), bool).at[0, jnp.array([0, 70, 71])].set(True),
+        "read": "current",
+    },
 }
 
 
-def call(starts=None):
+def call(**options):
     """The op at the size that is made for Hopper, with arguments rounded to bfloat16."""
-    time = 192
-    if starts is not None:
-        starts = jnp.zeros((1, time), bool).at[0, jnp.array(starts[0])].set(True)
-    op, arguments = self_referential_call(
-        time=time, starts=starts, batch=1, heads=1, width=64, chunk=64, gate=0.5
-    )
+    op, arguments = self_referential_call(width=64, chunk=64, gate=0.5, **options)
     x, slow, *rest = jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(a.dtype), arguments)
     narrow = (x.astype(jnp.bfloat16), jax.tree.map(lambda a: a.astype(jnp.bfloat16), slow), *rest)
     return op, (x, slow, *rest), narrow
 
 
-@pytest.mark.parametrize("case", STARTS)
+@pytest.mark.parametrize("case", CASES)
 def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
-    op, exact, narrow = call(**STARTS[case])
+    op, exact, narrow = call(**CASES[case])
     expected = computed(op, exact, "reference")
 
     def simulated(run):
@@ -58,7 +57,7 @@ def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
 
 
 def test_it_can_be_lowered_where_there_is_no_gpu(monkeypatch):
-    op, _, narrow = call()
+    op, _, narrow = call(**CASES["one document"])
     monkeypatch.setattr(fused, "platform", lambda: gpu.PLATFORM)
     monkeypatch.setattr(gpu, "on_hopper", lambda: True)
     traced = jax.jit(partial(values_and_gradients, op, KERNEL)).trace(narrow)

@@ -124,9 +124,32 @@ def fetch_start(desk, me, tiles, starts, chunk, barriers, first=True):
             place = tiles("state", m)
             if first and m == MEMORIES.index("gates"):
                 put(place, desk.hold(jnp.zeros(SQUARE, jnp.float32)))
-                desk.commit()
+                mosaic.commit_smem()
             place = place.at[pl.ds(0, states.shape[1])]
             mosaic.copy_gmem_to_smem(states.at[chunk], place, barrier)
+
+
+def fetch_origins(me, tiles, origins, head, barriers):
+    """Asks for the memories' origins, `[H, V, K]` each; see `fetch_start`."""
+    for m, (origin, barrier) in enumerate(zip(origins, barriers, strict=True)):
+
+        @pl.when(me == m)
+        def _(m=m, origin=origin, barrier=barrier):
+            mosaic.copy_gmem_to_smem(origin.at[head], tiles("origin", m), barrier)
+
+
+def meet(together):
+    """Waits at a barrier for all."""
+    mosaic.barrier_arrive(together)
+    mosaic.barrier_wait(together)
+
+
+def keep(place, matrix):
+    """Lays a matrix where the others read it, and returns what rounding takes of it."""
+    rounded = matrix.astype(place.dtype)
+    put(place, rounded)
+    mosaic.commit_smem()
+    return (matrix - rounded.astype(jnp.float32)).astype(place.dtype)
 
 
 def whole(matrix: Array) -> Array:
@@ -154,14 +177,6 @@ class Desk(NamedTuple):
     def hold(self, value, layout=MATRIX):
         """Lays out a value that comes without a layout."""
         return value if self.interpret else mosaic.layout_cast(value, layout)
-
-    def when(self, condition, act):
-        """Acts if a condition holds, which is the same for the whole warpgroup."""
-        pl.when(condition)(act)
-
-    def commit(self):
-        """Lets products and copies see what was stored in shared memory."""
-        mosaic.commit_smem()
 
     def grid(self, shift):
         """The numbers of rows, computed anew for each `shift`, and of columns."""

@@ -42,8 +42,11 @@ from hope_jax.ops.pallas.hopper import (
     Tiles,
     by_column,
     by_row,
+    fetch_origins,
     fetch_start,
+    keep,
     launch,
+    meet,
     narrow,
     put,
     room_for,
@@ -109,8 +112,7 @@ def unlearn(
     """
     place = batch, heads, count = starts["memory"].shape[:3]
     origin = sequence.origins or {}
-    given = {name: note for name, note in notes.items() if name != "dquery"}
-    given |= {
+    given = notes | {
         "x": sequence.tokens["x"],
         "state": [starts[name].reshape(-1, *starts[name].shape[3:]) for name in MEMORIES],
         "origin": [whole(origin[name]) for name in MEMORIES],
@@ -210,10 +212,6 @@ def _unlearn_kernel(
         """See `hopper_lesson.Lesson.fresh`."""
         return Tiles(ref, places, shift & (n + next(times)))
 
-    def meet():
-        mosaic.barrier_arrive(together)
-        mosaic.barrier_wait(together)
-
     def number(n):
         return (b * heads + h) * count + n
 
@@ -248,13 +246,6 @@ def _unlearn_kernel(
         zeros = desk.hold(jnp.zeros(SQUARE, plan.operand))
         return jax.lax.cond(me == MAIN, partial(matrix, name, i), lambda: zeros)
 
-    def keep(tiles, after):
-        """Lays a gradient where the others read it, and returns what rounding takes of it."""
-        rounded = after.astype(plan.operand)
-        put(tiles("after", me), rounded)
-        desk.commit()
-        return (after - rounded.astype(jnp.float32)).astype(plan.operand)
-
     def owe(i, after):
         """Phase 1."""
         tiles, write, ddelta = fresh(i), column(i, "write"), of_main("ddelta", i)
@@ -281,7 +272,7 @@ def _unlearn_kernel(
             mosaic.barrier_wait(full.state.at[m])
         exact = after.astype(jnp.float32) + wide(tiles("after", me))
         put(vectors.at[me], jnp.sum(exact * wide(tiles("state", me)), 1))
-        desk.commit()
+        mosaic.commit_smem()
         for kind in ("owed", "target"):
             mosaic.copy_smem_to_gmem(tiles(kind, me), out[kind].at[me, i])
 
@@ -293,13 +284,13 @@ def _unlearn_kernel(
         if begun is not None:
             slope *= by_row(begun)
         slope = desk.dot(*((tiles("target", m), tiles("origin", m)) for m in every), start=slope)
-        meet()
+        meet(together)
         put(tiles("delta", 1), slope)
         put(out["v"].at[i], slope)
         source = given["x"].at[b, pl.ds(n * SIZE, SIZE), h]
         mosaic.copy_gmem_to_smem(source, tiles("state"), full.tokens)
-        desk.commit()
-        meet()
+        mosaic.commit_smem()
+        meet(together)
 
     def owe_pushed(n, i):
         """Phases 2 and 3 of the second: what is owed for keys."""
@@ -308,10 +299,10 @@ def _unlearn_kernel(
         slope = desk.dot(*((tiles("delta", m), tiles("after", m)) for m in every))
         slope *= by_row(kept)
         put(vectors.at[4], jnp.sum(wide(tiles("key")) * slope, 1))
-        desk.commit()
-        meet()
+        mosaic.commit_smem()
+        meet(together)
         dkey, scale, before = matrix("dkey", i), column(i, "key_scale"), column(i, "before")
-        meet()
+        meet(together)
         tiles = fresh(i)
         key, pairs = tiles("key"), tiles("delta", 2)
         slope = desk.dot((pairs, key), (desk.turn(pairs), key), start=slope)
@@ -322,7 +313,7 @@ def _unlearn_kernel(
         put(tiles("delta"), slope)
         put(out["k"].at[i], slope)
         put(tiles("delta", 2), unit * by_row(before))
-        desk.commit()
+        mosaic.commit_smem()
 
     def owe_found(n, i):
         """Phase 2 of the third: what is owed for keys by what was found to be erased."""
@@ -334,10 +325,10 @@ def _unlearn_kernel(
         put(vectors.at[0], totals[0] + totals[1] + totals[2] + totals[3])
         put(vectors.at[5], jnp.sum(wide(tiles("key")) * slope, 1))
         slope = desk.dot(*((tiles("owed", m), tiles("origin", m)) for m in every), start=slope)
-        meet()
+        meet(together)
         put(tiles("delta"), slope)
-        desk.commit()
-        meet()
+        mosaic.commit_smem()
+        meet(together)
 
     def owe_pairs(n, i):
         """Phases 2 and 3 of the last: what is owed for pairs of tokens, and for gates."""
@@ -358,12 +349,12 @@ def _unlearn_kernel(
         pairs *= within(row > line, jnp.exp(within(row > line, left)))
         pairs = pairs.astype(plan.operand)
         spans = pairs.astype(jnp.float32) * desk.dot((key, desk.turn(key)))
-        meet()
+        meet(together)
         put(tiles("delta", 2), pairs)
         put(tiles("delta", 3), spans)
-        desk.commit()
+        mosaic.commit_smem()
         through, forget, dlog = (column(i, name) for name in ("through", "forget", "dlog"))
-        meet()
+        meet(together)
         tiles = fresh(i)
         row, line = desk.grid(tiles.shift)
         later = jnp.where(row < line, 1.0, 0.0).astype(plan.operand)
@@ -379,7 +370,7 @@ def _unlearn_kernel(
         put(out["gates"].at[i, 1], log)
         slope = jnp.where(line == 0, by_row(step), jnp.where(line == 1, by_row(log), 0.0))
         put(tiles("delta", 3), slope)
-        desk.commit()
+        mosaic.commit_smem()
 
     def settle(n, i, after, through, dstate):
         """Phase 4: the gradient of the state at the chunk's start."""
@@ -389,56 +380,50 @@ def _unlearn_kernel(
             begun = by_row(place_of(n, "open"))
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
             put(targets, begun * wide(targets))
-            desk.when(me != MAIN, lambda: put(slopes, begun * wide(slopes)))
-            desk.commit()
+            pl.when(me != MAIN)(lambda: put(slopes, begun * wide(slopes)))
+            mosaic.commit_smem()
         after = after.astype(jnp.float32) + wide(tiles("after", me))
         after = after * by_row(through) + wide(dstate)
         asked = (desk.turn(owed), tiles("delta", 2)), (desk.turn(targets), tiles("value"))
         after = desk.dot(*asked, start=after)
         answer = partial(desk.dot, (desk.turn(slopes), tiles("state")), start=after)
         after = jax.lax.cond(me == MAIN, lambda: after, answer)
-        return keep(tiles, after)
+        return keep(tiles("after", me), after)
 
     def chunk(done, after):
         n = count - 1 - done
         i, more = number(n), pl.when(n > 0)
         owe(i, after)
-        meet()
+        meet(together)
         more(lambda: fetch_shared("pull", n - 1))
         for barrier in [full.shared.at[shared.index("key")], *(full.delta.at[m] for m in every)]:
             mosaic.barrier_wait(barrier)
         for m, role in enumerate((owe_values, owe_pushed, owe_found, owe_pairs)):
             pl.when(me == m)(partial(role, n, i))
         through, dstate = column(i, "through"), of_main("dstate", i)
-        meet()
-        more(lambda: desk.when(me != KEYS, lambda: fetch_state(i - 1)))
+        meet(together)
+        more(lambda: pl.when(me != KEYS)(lambda: fetch_state(i - 1)))
         mosaic.barrier_wait(full.shared.at[shared.index("value")])
         mosaic.barrier_wait(full.tokens)
         after = settle(n, i, after, through, dstate)
-        meet()
+        meet(together)
 
         @more
         def _():
             fetch_delta(i - 1)
             fetch_shared("key", n - 1)
             fetch_shared("value", n - 1)
-            desk.when(me == KEYS, lambda: fetch_state(i - 1))
+            pl.when(me == KEYS)(lambda: fetch_state(i - 1))
 
         return after
 
-    for m in every:
-
-        @pl.when(me == m)
-        def _(m=m):
-            origin, barrier = given["origin"][m].at[h], full.origin.at[m]
-            mosaic.copy_gmem_to_smem(origin, fresh(0)("origin", m), barrier)
-
+    fetch_origins(me, fresh(0), given["origin"], h, [full.origin.at[m] for m in every])
     fetch_state(number(count - 1), first=True)
     fetch_delta(number(count - 1))
     for name in shared:
         fetch_shared(name, count - 1)
     after = desk.read(given["after"].at[b, h, me], MATRIX)
-    after = keep(fresh(0), after)
+    after = keep(fresh(0)("after", me), after)
     for m in every:
         mosaic.barrier_wait(full.origin.at[m])
     after = jax.lax.fori_loop(0, count, chunk, after)

@@ -32,7 +32,10 @@ from hope_jax.ops.pallas.hopper import (
     SQUARE,
     Desk,
     Tiles,
+    fetch_origins,
+    keep,
     launch,
+    meet,
     narrow,
     put,
     room_for,
@@ -112,23 +115,12 @@ def _kernel(
     b, h, me = (jax.lax.axis_index(name) for name in ("row", "head", "memory"))
     tiles = Tiles(ref, places, given["shift"][0])
     lesson = Lesson(plan, desk, given, tiles, vectors, weighed, together, b, h, me)
-    fresh, when = lesson.fresh, desk.when
+    fresh = lesson.fresh
     of_tokens, of_origins = full.at[0], [full.at[2 + m] for m in range(len(MEMORIES))]
-
-    def meet():
-        mosaic.barrier_arrive(together)
-        mosaic.barrier_wait(together)
 
     def fetch(name, n):
         source = given[name].at[b, pl.ds(n * SIZE, SIZE), h]
         mosaic.copy_gmem_to_smem(source, fresh(n)(name), full.at[("x", "q").index(name)])
-
-    def keep(tiles, state):
-        """Lays a state where the others read it, and returns what rounding takes of it."""
-        rounded = state.astype(plan.operand)
-        put(tiles("state", me), rounded)
-        desk.commit()
-        return (state - rounded.astype(jnp.float32)).astype(plan.operand)
 
     def store_start(i):
         tiles = fresh(i)
@@ -143,9 +135,9 @@ def _kernel(
         """Phase 3: what tokens add."""
         tiles = fresh(n)
         delta = desk.dot((tiles("inverse"), tiles("delta", me)))
-        when(me == MAIN, lambda: put(tiles("added"), delta))
+        pl.when(me == MAIN)(lambda: put(tiles("added"), delta))
         put(tiles("delta", me), delta * lesson.vector("after"))
-        desk.commit()
+        mosaic.commit_smem()
 
     def read(n):
         """Phase 4 of the third: what tokens read."""
@@ -165,37 +157,33 @@ def _kernel(
             store_start((b * heads + h) * count + n)
         mosaic.barrier_wait(of_tokens)
         lesson.settle(n)
-        meet()
-        when(more, lambda: fetch("x", n + 1))
+        meet(together)
+        pl.when(more)(lambda: fetch("x", n + 1))
         mosaic.barrier_wait(full.at[1])
         add(n)
-        when(me == MAIN, lambda: read(n))
+        pl.when(me == MAIN)(lambda: read(n))
         tiles = fresh(n)
         state = state.astype(jnp.float32) + wide(tiles("state", me))
         state *= lesson.vector("through")
         state = desk.dot((desk.turn(tiles("delta", me)), tiles("key")), start=state)
         if "starts" in out:
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-        state = keep(tiles, state)
-        meet()
-        when(more, lambda: fetch("q", n + 1))
+        state = keep(tiles("state", me), state)
+        meet(together)
+        pl.when(more)(lambda: fetch("q", n + 1))
         return state
 
-    for m, barrier in enumerate(of_origins):
-
-        @pl.when(me == m)
-        def _(m=m, barrier=barrier):
-            mosaic.copy_gmem_to_smem(given["origin"][m].at[h], fresh(0)("origin", m), barrier)
+    fetch_origins(me, fresh(0), given["origin"], h, of_origins)
 
     @pl.when(me == KEYS)
     def _():
         fetch("x", 0)
         fetch("q", 0)
 
-    state = keep(fresh(0), desk.read(given["state"].at[b, h, me], MATRIX))
+    state = keep(fresh(0)("state", me), desk.read(given["state"].at[b, h, me], MATRIX))
     for barrier in of_origins:
         mosaic.barrier_wait(barrier)
-    meet()
+    meet(together)
     state = jax.lax.fori_loop(0, count, chunk, state)
     put(out["states"].at[b, h, me], state.astype(jnp.float32) + wide(fresh(0)("state", me)))
     mosaic.wait_smem_to_gmem(0)

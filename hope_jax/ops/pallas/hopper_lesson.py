@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
 
 from hope_jax.ops.pallas.chunk import Plan
@@ -66,8 +67,8 @@ class Lesson:
       row: Which row of the batch.
       head: Which head.
       memory: Which warpgroup this is.
-      tell: Called with names and values: forget, key_scale, scale_k, scale_v and scale_memory for
-        each token, and the target of a memory.
+      tell: Called with names and values: what there is of each token as one number, forget and
+        key_scale beside `VECTORS`; and with a memory the target, and for all but the gates scale.
       times: Counts `fresh`.
     """
 
@@ -132,11 +133,11 @@ class Lesson:
             put(tiles("key"), said * by_row(scale))
             self.tell("key_scale", scale)
 
-        self.desk.when(self.memory == KEYS, say_key)
-        self.desk.when(self.memory == VALUES, lambda: put(tiles("value"), said))
-        self.desk.commit()
+        pl.when(self.memory == KEYS)(say_key)
+        pl.when(self.memory == VALUES)(lambda: put(tiles("value"), said))
+        mosaic.commit_smem()
         mosaic.barrier_arrive(self.together)
-        self.desk.when(self.memory == GATES, lambda: self.weigh(n, said))
+        pl.when(self.memory == GATES)(lambda: self.weigh(n, said))
         mosaic.barrier_wait(self.together)
 
     def weigh(self, n, logits):
@@ -192,11 +193,11 @@ class Lesson:
         inverse = jnp.where(differ == 0, 1.0, jnp.where(differ == 1, -lower, 0.0)).astype(operand)
         for i in range(len(CORNERS)):
             put(tiles("inverse"), inverse)
-            self.desk.commit()
+            mosaic.commit_smem()
             half = self.desk.dot((inverse, tiles("corner", i))).astype(operand)
             inverse -= self.desk.dot((half, tiles("inverse"))).astype(operand)
         put(tiles("inverse"), inverse)
-        self.desk.commit()
+        mosaic.commit_smem()
 
     def compare(self, n, memory, waits=False):
         """Phase 2: what tokens want a memory to say less what it says, as it weighs."""
@@ -220,14 +221,14 @@ class Lesson:
         found *= self.vector("before")
         found = self.desk.dot((key, turn(tiles("origin", memory))), start=found)
         put(tiles("delta", memory), (target - found) * self.vector("write"))
-        self.desk.commit()
+        mosaic.commit_smem()
 
     def settle(self, n):
         """Phases 1 and 2."""
         self.say(n)
-        self.desk.when(self.memory == GATES, lambda: self.invert(n))
-        self.desk.when(self.memory != GATES, lambda: self.compare(n, self.memory, waits=True))
-        self.desk.when(self.memory == KEYS, lambda: self.compare(n, GATES))
+        pl.when(self.memory == GATES)(lambda: self.invert(n))
+        pl.when(self.memory != GATES)(lambda: self.compare(n, self.memory, waits=True))
+        pl.when(self.memory == KEYS)(lambda: self.compare(n, GATES))
 
     def reach(self, n):
         """What a read sees: weights of earlier writes, and of the chunk's first state."""

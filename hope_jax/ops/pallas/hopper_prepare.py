@@ -28,8 +28,10 @@ from hope_jax.ops.pallas.hopper import (
     Desk,
     Tiles,
     by_column,
+    fetch_origins,
     fetch_start,
     launch,
+    meet,
     put,
     room_for,
     whole,
@@ -127,10 +129,6 @@ def _kernel(
 
     lesson = Lesson(plan, desk, given, tiles, vectors, weighed, together, b, h, me, tell)
 
-    def meet():
-        mosaic.barrier_arrive(together)
-        mosaic.barrier_wait(together)
-
     def vector(name, layout):
         return desk.read(vectors.at[VECTORS.index(name)], layout, far=False)
 
@@ -144,14 +142,8 @@ def _kernel(
                 mosaic.copy_gmem_to_smem(source, tiles(name), full.at[place])
 
         fetch_start(desk, me, tiles, given["state"], i, [full.at[3 + m] for m in range(4)])
-        for m in range(len(MEMORIES)):
-
-            @pl.when(me == m)
-            def _(m=m):
-                mosaic.copy_gmem_to_smem(
-                    given["origin"][m].at[h], tiles("origin", m), full.at[7 + m]
-                )
-
+        origins = [full.at[7 + m] for m in range(4)]
+        fetch_origins(me, tiles, given["origin"], h, origins)
         for barrier in range(11):
             mosaic.barrier_wait(full.at[barrier])
 
@@ -184,17 +176,17 @@ def _kernel(
         dquery = desk.dot((tiles("dy"), tiles("state", MAIN))) * before
         put(vectors.at[VECTORS.index("log")], jnp.sum(dquery * wide(tiles("q")), 1))
         dquery = desk.dot((tiles("dy"), tiles("origin", MAIN)), start=dquery)
-        desk.commit()
-        meet()
+        mosaic.commit_smem()
+        meet(together)
         dquery = desk.dot((tiles("corner", 1), tiles("key")), start=dquery)
         put(out["dquery"].at[b, pl.ds(n * SIZE, SIZE), h], dquery)
 
     def note_delta():
         """Phases 3 and 4 of the second: the gradients of what tokens added, and of retention."""
         put(tiles("lent"), desk.dot((desk.turn(tiles("shares")), tiles("dy"))))
-        desk.commit()
+        mosaic.commit_smem()
         put(out["ddelta"].at[i], desk.dot((desk.turn(tiles("inverse")), tiles("lent"))))
-        meet()
+        meet(together)
         note_log()
 
     def unread():
@@ -204,13 +196,13 @@ def _kernel(
         dshares = desk.dot((tiles("dy"), desk.turn(tiles("delta", MAIN))))
         put(tiles("corner", 0), jnp.where(row > line, dshares * wide(tiles("shares")), 0.0))
         put(tiles("corner", 1), dshares * weights)
-        desk.commit()
-        meet()
+        mosaic.commit_smem()
+        meet(together)
 
     def note_pull():
         """Phases 3 and 4 of the last: what pulls on what tokens added, and the gradient of keys."""
         put(out["pull"].at[i], desk.dot((desk.turn(tiles("inverse")), tiles("kept"))))
-        meet()
+        meet(together)
         put(out["dkey"].at[i], desk.dot((desk.turn(tiles("corner", 1)), tiles("q"))))
 
     begin()
@@ -221,13 +213,13 @@ def _kernel(
         def _(name=name):
             mosaic.copy_smem_to_gmem(tiles(name), out[name].at[i])
 
-    desk.when(me == VALUES, lambda: put(tiles("kept"), wide(tiles("key")) * lesson.vector("after")))
-    desk.when(me == MAIN, lend)
-    desk.commit()
-    meet()
+    pl.when(me == VALUES)(lambda: put(tiles("kept"), wide(tiles("key")) * lesson.vector("after")))
+    pl.when(me == MAIN)(lend)
+    mosaic.commit_smem()
+    meet(together)
     put(tiles("delta", me), desk.dot((tiles("inverse"), tiles("delta", me))))
-    desk.commit()
+    mosaic.commit_smem()
     mosaic.copy_smem_to_gmem(tiles("delta", me), out["delta"].at[me, i])
     for m, role in enumerate((note_query, note_delta, unread, note_pull)):
-        desk.when(me == m, role)
+        pl.when(me == m)(role)
     mosaic.wait_smem_to_gmem(0)
