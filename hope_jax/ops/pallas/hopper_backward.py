@@ -53,7 +53,7 @@ from hope_jax.ops.pallas.hopper import (
     whole,
     wide,
 )
-from hope_jax.ops.pallas.hopper_lesson import GATES, KEYS, MAIN, PLACES, places_of
+from hope_jax.ops.pallas.hopper_lesson import GATES, KEYS, MAIN, place_of, places_of
 from hope_jax.ops.pallas.hopper_prepare import COLUMNS
 from hope_jax.ops.pallas.walk import Gradients, Sequence
 
@@ -232,8 +232,8 @@ def _unlearn_kernel(
     def column(i, name, layout=BY_ROW):
         return desk.read(given["columns"].at[i, COLUMNS.index(name)], layout)
 
-    def place_of(n, name, layout=BY_ROW):
-        return desk.read(given["places"].at[b, n, PLACES.index(name)], layout)
+    def place(n, name, layout=BY_ROW):
+        return place_of(desk, given["places"].at[b, n], name, layout)
 
     def vector(place):
         return by_column(desk.read(vectors.at[place], BY_COLUMN, far=False))
@@ -279,7 +279,7 @@ def _unlearn_kernel(
     def owe_values(n, i):
         """Phase 2 of the first warpgroup: what is owed for values."""
         tiles = fresh(i)
-        begun = place_of(n, "open") if plan.segmented else None
+        begun = place(n, "open") if plan.segmented else None
         slope = desk.dot(*((tiles("target", m), tiles("state", m)) for m in every))
         if begun is not None:
             slope *= by_row(begun)
@@ -338,7 +338,7 @@ def _unlearn_kernel(
         arrival, departure = column(i, "arrival"), column(i, "departure", BY_COLUMN)
         same = None
         if plan.segmented:
-            same = by_row(place_of(n, "number")) == by_column(place_of(n, "number", BY_COLUMN))
+            same = by_row(place(n, "number")) == by_column(place(n, "number", BY_COLUMN))
 
         def within(mask, found):
             return jnp.where(mask if same is None else mask & same, found, 0.0)
@@ -361,7 +361,7 @@ def _unlearn_kernel(
         log = jnp.where(row > line, desk.dot((later, tiles("delta", 3))), 0.0)
         log += within(row > line, vector(4)) + within(row < line, vector(5))
         if plan.segmented:
-            through *= place_of(n, "ending")
+            through *= place(n, "ending")
         log += by_row(through) * vector(0)
         log = jnp.sum(log, 1) + dlog
         step *= 1 - write / plan.write_max
@@ -377,7 +377,7 @@ def _unlearn_kernel(
         tiles = fresh(i)
         targets, slopes, owed = tiles("target", me), tiles("delta", me), tiles("owed", me)
         if plan.segmented:
-            begun = by_row(place_of(n, "open"))
+            begun = by_row(place(n, "open"))
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
             put(targets, begun * wide(targets))
             pl.when(me != MAIN)(lambda: put(slopes, begun * wide(slopes)))

@@ -59,7 +59,7 @@ class Lesson:
     Attributes:
       plan: What is computed.
       desk: Tools.
-      given: What there is to read: bias, and if the plan is segmented places `[B, N, names, C]`.
+      given: What there is to read: bias, and if the plan is segmented what `places_of` returns.
       tiles: Where matrices lie.
       vectors: Where vectors lie.
       weighed: A barrier at which the gates say that vectors lie there.
@@ -96,7 +96,7 @@ class Lesson:
 
     def place(self, n, name, layout=BY_ROW):
         """Where tokens lie, as a matrix of what there is of each."""
-        found = self.desk.read(self.given["places"].at[self.row, n, PLACES.index(name)], layout)
+        found = place_of(self.desk, self.given["places"].at[self.row, n], name, layout)
         return (by_row if layout is BY_ROW else by_column)(found)
 
     def same(self, n):
@@ -171,9 +171,7 @@ class Lesson:
         }
         if self.plan.segmented:
             for name, where in (("before", "open"), ("after", "ending"), ("through", "whole")):
-                there = self.desk.read(
-                    self.given["places"].at[self.row, n, PLACES.index(where)], BY_ROW
-                )
+                there = place_of(self.desk, self.given["places"].at[self.row, n], where)
                 weights[name] = jnp.where(there > 0, weights[name], 0.0)
         for name, weight in weights.items():
             put(self.vectors.at[VECTORS.index(name)], weight)
@@ -241,8 +239,17 @@ class Lesson:
 
 
 def places_of(sequence, count):
-    """Where the tokens of each chunk lie, `[B, N, names, C]`."""
+    """Where the tokens of each chunk lie, `[B, N, layout and name, C]`, for `place_of`."""
     number = sequence.segments.reshape(-1, count, SIZE)
     last = sequence.last[:, :, None]
     alone = jnp.broadcast_to(last == 0, number.shape)
-    return jnp.stack([number, number == 0, number == last, alone], 2).astype(jnp.float32)
+    return jnp.stack(2 * [number, number == 0, number == last, alone], 2).astype(jnp.float32)
+
+
+def place_of(desk, places, name, layout=BY_ROW):
+    """One of the `PLACES` of a chunk's tokens, as a vector.
+
+    Columns have a copy of their own: the compiler makes one of two loads from the same address, and
+    if it is wanted in two layouts looks in vain for the one to load it in.
+    """
+    return desk.read(places.at[PLACES.index(name) + len(PLACES) * (layout is BY_COLUMN)], layout)
