@@ -288,8 +288,8 @@ def _unlearn_kernel(
         put(tiles("delta", 1), slope)
         put(out["v"].at[i], slope)
         source = given["x"].at[b, pl.ds(n * SIZE, SIZE), h]
-        mosaic.copy_gmem_to_smem(source, tiles("state"), full.tokens)
         mosaic.commit_smem()
+        mosaic.copy_gmem_to_smem(source, tiles("state"), full.tokens)
         meet(together)
 
     def owe_pushed(n, i):
@@ -325,6 +325,7 @@ def _unlearn_kernel(
         put(vectors.at[0], totals[0] + totals[1] + totals[2] + totals[3])
         put(vectors.at[5], jnp.sum(wide(tiles("key")) * slope, 1))
         slope = desk.dot(*((tiles("owed", m), tiles("origin", m)) for m in every), start=slope)
+        mosaic.commit_smem()  # for what was read of the states, which a copy is about to overwrite
         meet(together)
         put(tiles("delta"), slope)
         mosaic.commit_smem()

@@ -233,7 +233,7 @@ class Lesson:
         weights, before = self.decay(n), self.vector("before")
         if self.plan.read == "current":
             row, line = self.desk.grid(self.fresh(n).shift)
-            own = jnp.exp(self.vector("departure") - self.vector("arrival"))
+            own = jnp.exp(self.vector("log"))
             weights, before = jnp.where(row == line, 1.0, own * weights), own * before
         return weights, before
 

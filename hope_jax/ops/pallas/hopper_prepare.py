@@ -21,7 +21,6 @@ from jaxtyping import Array
 from hope_jax.ops.pallas.chunk import Plan, Values
 from hope_jax.ops.pallas.hopper import (
     BY_COLUMN,
-    BY_ROW,
     MEMORIES,
     SIZE,
     SQUARE,
@@ -53,6 +52,9 @@ COLUMNS = (
     "scale_k", "scale_v", "scale_memory",
 )  # fmt: skip
 """What is noted of each token as one number, in the order in which they lie in memory."""
+
+OWED = len(VECTORS)
+"""Where, behind those, lies what is owed for each token as the chunk's first state decays."""
 
 
 @partial(jax.jit, static_argnames=("plan", "interpret"))
@@ -100,7 +102,7 @@ def prepare(
     }
     extra = dict.fromkeys(("dy", "dying", "kept", "shares", "lent"), 1)
     tiles, places = room_for(plan, ROOM | extra)
-    vectors = mosaic.SMEM((len(VECTORS), SIZE), jnp.float32)
+    vectors = mosaic.SMEM((len(VECTORS) + 1, SIZE), jnp.float32)
     full = mosaic.Barrier(num_barriers=3 + 2 * len(MEMORIES))
     scratch = tiles, vectors, full, mosaic.Barrier()
     kernel = partial(_kernel, plan, places, heads, count, bool(interpret))
@@ -129,9 +131,6 @@ def _kernel(
 
     lesson = Lesson(plan, desk, given, tiles, vectors, weighed, together, b, h, me, tell)
 
-    def vector(name, layout):
-        return desk.read(vectors.at[VECTORS.index(name)], layout, far=False)
-
     def begin():
         tokens = ("x", "q", "dy")
         for place, name in enumerate(tokens):
@@ -159,22 +158,21 @@ def _kernel(
         first = jnp.where(row < line, 1.0, 0.0).astype(plan.operand)
         log = jnp.where(row > line, desk.dot((first, tiles("corner", 0))), 0.0)
         later = row < line
+        if plan.read == "current":
+            later = row <= line
+            log += wide(tiles("corner", 0))
         if plan.segmented:
             later = later & lesson.same(n)
-        log += jnp.where(later, by_column(vector("log", BY_COLUMN)), 0.0)
-        if plan.read == "current":
-            log += wide(tiles("corner", 0))
-        log = jnp.sum(log, 1)
-        if plan.read == "current":
-            log += vector("log", BY_ROW)
-        tell("dlog", log)
+        owed = desk.read(vectors.at[OWED], BY_COLUMN, far=False)
+        log += jnp.where(later, by_column(owed), 0.0)
+        tell("dlog", jnp.sum(log, 1))
 
     def note_query():
         """Phases 3 and 4 of the first: the gradients of the state, and of queries."""
         put(out["dstate"].at[i], desk.dot((desk.turn(tiles("dying")), tiles("q"))))
         _, before = lesson.reach(n)
         dquery = desk.dot((tiles("dy"), tiles("state", MAIN))) * before
-        put(vectors.at[VECTORS.index("log")], jnp.sum(dquery * wide(tiles("q")), 1))
+        put(vectors.at[OWED], jnp.sum(dquery * wide(tiles("q")), 1))
         dquery = desk.dot((tiles("dy"), tiles("origin", MAIN)), start=dquery)
         mosaic.commit_smem()
         meet(together)
