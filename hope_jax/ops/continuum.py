@@ -10,7 +10,9 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.ops.dispatch import Form, pick
+from hope_jax.ops.dispatch import Form, pick, platform
+from hope_jax.ops.pallas import continuum as kernels
+from hope_jax.ops.pallas import continuum_wide as wide_kernels
 
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -177,7 +179,7 @@ def continuum_level(
       activation: Between layers.
       dgd: Whether moves also erase D along the inputs they saw (delta gradient descent).
       surprise: See above; 0 lets every chunk write.
-      form: "auto", "together", "chunked" or "reference".
+      form: "auto", "pallas_triton", "together", "chunked" or "reference".
 
     Returns:
       What was read, in the type of `x`, and the memory after the last token.
@@ -355,6 +357,7 @@ def chunked(
     setting: Setting,
     *,
     together: int = 0,
+    recall: Callable[..., Any] | None = None,
 ) -> tuple[Float[Array, "B T V"], LevelMemory]:
     """Goes from chunk to chunk; inside one all is matrix products.
 
@@ -364,7 +367,7 @@ def chunked(
     the deltas at the beginnings of chunks and computes each chunk a second time.
 
     Chunks shorter than `together` tokens are solved several at a time where that can be done, see
-    `_together`.
+    `_together`, by `recall` or, without one, `_recall`.
     """
     tokens = _Tokens(
         x=x,
@@ -374,7 +377,7 @@ def chunked(
         pairs=jnp.ones(x.shape[:2], bool),
     )
     if memory is None:
-        y, fast = _from_nothing(setting, pace, weights, tokens, together)
+        y, fast = _from_nothing(setting, pace, weights, tokens, together, recall or _recall)
         position = jnp.asarray(x.shape[1], jnp.int32)
     else:
         y, fast = _go_on(setting, pace, weights, tokens, memory)
@@ -390,7 +393,34 @@ def together(*call) -> tuple[Float[Array, "B T V"], LevelMemory]:
     return chunked(*call, together=TOGETHER)
 
 
+def fused(*call) -> tuple[Float[Array, "B T V"], LevelMemory]:
+    """As `chunked`, and whole chunks in one launch of a kernel, see `ops.pallas.continuum`.
+
+    What a move that is not finite leaves out are the columns where it is not; it counts as left
+    out.
+    """
+    return chunked(*call, together=call[-1].chunk, recall=_recall_fused)
+
+
+def _unfit(x, values, weights, pace, memory, starts, setting) -> str | None:
+    """Says why the kernels do not take a call, or None if they do."""
+    del starts
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
+        return f"a launch is not split over devices, got a mesh of {mesh.size}"
+    if len(weights) > 1:
+        return f"the kernels move one layer, got {len(weights)}"
+    if pace.momentum is not None or setting.dgd or setting.outer or setting.surprise:
+        return "the kernels take no momentum, outer, dgd or surprise"
+    if memory is not None:
+        return "the kernels begin with no memory"
+    if platform() == kernels.PLATFORM and x.dtype != jnp.bfloat16:
+        return f"the kernels are compiled for bfloat16, got {x.dtype}"
+    return kernels.refusal(setting.chunk, x.shape[1], x.shape[2], values.shape[2])
+
+
 FORMS = {
+    "pallas_triton": Form(fused, _unfit, platforms=("gpu",)),
     "together": Form(together, platforms=("gpu", "tpu")),
     "chunked": Form(chunked),
     "reference": Form(reference),
@@ -415,7 +445,7 @@ class _Tokens(NamedTuple):
     pairs: Bool[Array, "#B T"]
 
 
-def _from_nothing(setting, pace, weights, tokens, together):
+def _from_nothing(setting, pace, weights, tokens, together, recall):
     """Reads a sequence from its beginning: the first chunk, whole ones, and the rest of one."""
     batch, time = tokens.x.shape[:2]
     size = min(setting.chunk, time)
@@ -424,7 +454,7 @@ def _from_nothing(setting, pace, weights, tokens, together):
     joined = _joined(setting, weights, whole, together)
     if joined:
         done = whole // joined * joined
-        y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined)
+        y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined, recall)
     else:
         done = 1
         y, taught = _tile(setting, weights, None, _cut(tokens, 0, size))
@@ -543,7 +573,7 @@ class _Group(NamedTuple):
     tables: _Tables
 
 
-def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
+def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int, recall):
     """Reads groups of `joined` chunks of a linear layer that has learned nothing yet.
 
     What D adds to the answer of token t is linear in the errors of earlier chunks. With g = 1, or 2
@@ -571,7 +601,7 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int):
         tables=jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:]), tables),
     )
     if groups.tables.stay.shape[1] > 1:
-        y, state, finite = _recall(gain, groups)
+        y, state, finite = recall(gain, groups)
     else:
         (y, state, finite), _ = _recall_forward(gain, groups)
     last = _group_at(groups, groups.tables.stay.shape[1] - 1)
@@ -822,6 +852,81 @@ def _recall_backward(gain, kept, cotangents):
 
 
 _recall.defvjp(_recall_forward, _recall_backward)
+
+
+def _recall_fused(gain, groups: _Group):
+    """As `_recall` of groups that are one chunk, by a kernel; there is no gain."""
+    del gain
+    tables, count = groups.tables, groups.tables.stay.shape[1]
+    place = jnp.arange(count)
+    first, last = place == 0, place == count - 1  # without deltas, and whose move is not asked for
+
+    def flat(table):
+        return table.reshape(len(table), -1)
+
+    tokens = kernels.Tokens(
+        hidden=groups.hidden,
+        wanted=groups.wanted,
+        read=flat(jnp.where(first[:, None], 0, tables.read[..., 0])),
+        write=flat(jnp.where(last[:, None], 0, tables.write[..., 0])),
+        decay=jnp.where(last, 1, tables.decay[..., 0, 0]),
+    )
+    stay = tables.stay.astype(tokens.decay.dtype)
+    y, state, finite = _read_fused(tokens, groups.slow, flat(tables.size), stay)
+    return y, (state,), finite.T[:-1]
+
+
+@jax.custom_vjp
+def _read_fused(tokens: kernels.Tokens, slow, size, stay):
+    """What a level answers, its deltas after the last chunk, and which moves were finite."""
+    return _kernels(tokens).answer(tokens, slow, size, stay, interpret=_interpret())[:3]
+
+
+def _read_fused_forward(tokens, slow, size, stay):
+    answer = _kernels(tokens).answer(tokens, slow, size, stay, interpret=_interpret())
+    y, state, finite, before = jax.tree.map(lambda a: checkpoint_name(a, KEPT), answer)
+    return (y, state, finite), (tokens, stay, y, finite, before)
+
+
+def _read_fused_backward(kept, cotangents):
+    tokens, stay, y, finite, before = kept
+    d_y, d_state, _ = cotangents
+    batch, count = stay.shape
+    moved = jnp.repeat(finite, y.shape[1] // count, axis=1)
+    tokens = tokens._replace(
+        write=jnp.where(moved, tokens.write, 0), decay=jnp.where(finite, tokens.decay, stay)
+    )
+    if before is None:
+        before = kernels.states(tokens, y, interpret=_interpret())
+    slopes = _kernels(tokens).unlearn(tokens, y, before, d_y, d_state, interpret=_interpret())
+
+    def back(array, deltas):
+        array = array.reshape(batch, count, -1, array.shape[-1])
+        return jnp.einsum("BNCO,BNIO->BNCI", array, deltas).reshape(tokens.hidden.shape)
+
+    d_hidden = tokens.read[..., None] * back(slopes.answers, before)
+    d_hidden = d_hidden - back(slopes.weighed, slopes.deltas)
+    d_tokens = kernels.Tokens(
+        hidden=d_hidden.astype(y.dtype),
+        wanted=-slopes.taught,
+        read=jnp.zeros_like(tokens.read),  # ones and zeros
+        write=jnp.where(moved, jnp.sum(slopes.write, 1), 0),
+        decay=jnp.where(finite, jnp.sum(slopes.decay, 1), 0),
+    )
+    nothing = jnp.zeros((batch, y.shape[1]), stay.dtype)
+    return d_tokens, slopes.answers, nothing, jnp.zeros_like(stay)
+
+
+_read_fused.defvjp(_read_fused_forward, _read_fused_backward)
+
+
+def _kernels(tokens):
+    chunk = tokens.hidden.shape[1] // tokens.decay.shape[1]
+    return wide_kernels if chunk > kernels.COLUMNS else kernels
+
+
+def _interpret():
+    return platform() != kernels.PLATFORM
 
 
 def _no_slope(array: Bool[Array, "..."]) -> Any:

@@ -1,0 +1,60 @@
+"""The kernels of a level that learns in context, interpreted: they are the written function."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hope_jax.ops.continuum import Pace, continuum_level
+from hope_jax.ops.pallas import continuum as kernels
+from hope_jax.ops.pallas import continuum_wide as wide_kernels
+
+ROWS, CHUNK, INPUTS, OUTPUTS = 2, 16, 16, 32
+pytestmark = pytest.mark.usefixtures("x64")
+close = partial(chex.assert_trees_all_close, rtol=1e-8, atol=1e-8)
+
+
+def random_call(time, dtype=jnp.float64):
+    """The arrays of a call, and document starts: a chunk's first token, and one or two inside."""
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.normal(size=shape), dtype)  # noqa: E731
+    x, values = normal(ROWS, time, INPUTS), normal(ROWS, time, OUTPUTS)
+    weights = (0.2 * normal(1, INPUTS, OUTPUTS),)
+    starts = np.zeros((ROWS, time), bool)
+    starts[0, [0, 37]] = starts[1, [21, 29, 32]] = True
+    wide = jnp.promote_types(dtype, jnp.float32)
+    pace = Pace(rate=jnp.asarray(0.9, wide), retain=jnp.asarray(0.8, wide))
+    return (x, values, weights, pace), jnp.asarray(starts)
+
+
+def loss(arrays, starts, slope, form):
+    y, after = continuum_level(*arrays, None, starts, chunk=CHUNK, form=form)
+    deltas = sum(jnp.sum(jnp.sin(d)) for d in after.fast.delta)
+    return jnp.sum(y * slope) + deltas, (y, after)
+
+
+@pytest.fixture(params=["narrow", "wide"], autouse=True)
+def kind(request, monkeypatch):
+    """Two programs for each level, or chunks of two tiles and matrices of two by eight."""
+    monkeypatch.setattr(kernels, "COLUMNS", 16 if request.param == "narrow" else 8)
+    for module in (kernels, wide_kernels):
+        monkeypatch.setattr(module, "TILE", 8)
+    monkeypatch.setattr(wide_kernels, "STEP", 4)
+    return request.param
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("time", [64, 55])
+def test_kernels_are_the_reference_in_values_and_gradients(time, documents):
+    arrays, starts = random_call(time)
+    starts = starts if documents else None
+    slope = jnp.asarray(np.random.default_rng(1).normal(size=arrays[1].shape))
+    found = {
+        form: jax.jit(jax.grad(partial(loss, form=form), has_aux=True))(arrays, starts, slope)
+        for form in ("reference", "pallas_triton")
+    }
+    close(found["pallas_triton"], found["reference"])
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found["pallas_triton"][0]))
