@@ -1,15 +1,17 @@
 """The causal convolution and the leaky average: their equations, streams and documents."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from hope_jax.ops.convolution import causal_convolution
+from hope_jax.ops.convolution import causal_convolution, mixed_parts
 from hope_jax.ops.leaky import leaky_average
 
 BATCH, TIME, WIDTH = 2, 11, 3
+KERNEL = "pallas_triton"
 
 
 def convolution_by_hand(x, kernel, memory, starts):
@@ -133,3 +135,65 @@ def test_a_window_of_one_is_a_product():
     y, memory = causal_convolution(x, kernel)
     np.testing.assert_array_equal(y, x * kernel[0])
     assert memory.shape == (BATCH, 0, WIDTH)
+
+
+PARTS = pytest.mark.parametrize(
+    ("time", "features", "parts", "window", "documents"),
+    [(512, 128, 2, 4, True), (24, 128, 1, 2, True), (8, 256, 3, 8, False), (16, 128, 2, 1, False)],
+)
+
+
+def call_of_parts(time, features, parts, window, documents, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(time), 3)
+    x = jax.random.normal(keys[0], (BATCH, time, parts + 1, features), dtype)
+    kernel = jax.random.normal(keys[1], (window, parts, features), dtype)
+    starts = jax.random.bernoulli(keys[2], 0.1, (BATCH, time)) if documents else None
+    return x, kernel, starts
+
+
+@PARTS
+def test_the_kernel_mixes_parts_as_the_equation_does(time, features, parts, window, documents):
+    x, kernel, starts = call_of_parts(time, features, parts, window, documents)
+
+    def run(form):
+        def loss(x, kernel):
+            y, memory = mixed_parts(x, kernel, None, starts, form=form)
+            return sum(jnp.sum(jnp.sin(a)) for a in (*y, memory)), (y, memory)
+
+        grads, values = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)
+        return *values, *grads
+
+    expected = run("shifted")
+    assert len(expected[0]) == parts + 1
+    by_hand = [
+        jax.nn.silu(causal_convolution(x[:, :, p], kernel[:, p], None, starts)[0])
+        for p in range(parts)
+    ]
+    chex.assert_trees_all_close(expected[0], [*by_hand, x[:, :, parts]], rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(run(KERNEL), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_kernel_rounds_once():
+    x, kernel, starts = call_of_parts(64, 128, 2, 4, documents=True, dtype=jnp.bfloat16)
+    exact = call_of_parts(64, 128, 2, 4, documents=True)[2]
+    assert (exact == starts).all()
+    found, _ = mixed_parts(x, kernel, None, starts, form=KERNEL)
+    wide = mixed_parts(x.astype(jnp.float32), kernel.astype(jnp.float32), None, starts)[0]
+    for a, b in zip(found, wide, strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("time", "features", "window", "memory", "said"),
+    [
+        (12, 128, 4, False, "multiples of 8 tokens"),
+        (16, 96, 4, False, "of 128 features"),
+        (16, 128, 9, False, "at most 8 weights"),
+        (16, 128, 4, True, "without earlier tokens"),
+    ],
+)
+def test_the_kernel_says_what_it_does_not_take(time, features, window, memory, said):
+    x, kernel, _ = call_of_parts(time, features, 1, window, documents=False)
+    memory = jnp.zeros((BATCH, window - 1, 1, features)) if memory else None
+    with pytest.raises(ValueError, match=said):
+        mixed_parts(x, kernel, memory, form=KERNEL)

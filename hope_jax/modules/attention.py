@@ -156,9 +156,8 @@ class Attention(nnx.Module):
         config = self.config
         groups = config.groups or config.heads
         scaling = config.rotary_scaling
-        (q,) = self.query(x)
-        k, v = self.key_value(x)
-        q = split_heads(q, config.heads)
+        q = split_heads(self.query(x)[:, :, 0], config.heads)
+        k, v = jnp.unstack(self.key_value(x), axis=2)
         q, k, v = for_attention(q, split_heads(k, groups), split_heads(v, groups))
         y, memory = sliding_attention(
             q,

@@ -66,7 +66,7 @@ class Frame(nnx.Module):
         into, gate, mix, out = jax.random.split(key, 4)
         inner = heads * each
         self.project = Projections(len(inputs) + 1, width, inner, key=into)
-        self.convolution = Convolution(len(inputs) * inner, convolution, key=mix)
+        self.convolution = Convolution(len(inputs), inner, convolution, key=mix)
         if gates:
             self.gates = Gates(jnp.stack([jnp.asarray(b) for b in gates.values()]), width, key=gate)
         self.norm = RMSNorm(each, axis=None)
@@ -76,10 +76,8 @@ class Frame(nnx.Module):
         self, x: Activations, memory: Array | None, starts: Starts | None
     ) -> tuple[dict[str, Float[Array, "B T H K"]], dict[str, Float[Array, "B T H"]], Array, Array]:
         """Returns the inputs and gates by name, the output gate, and the convolution's memory."""
-        *inputs, gate = self.project(x)
-        mixed, memory = self.convolution(jnp.concatenate(inputs, axis=-1), memory, starts)
-        mixed = jax.nn.silu(mixed)
-        heads = [split_heads(part, self.heads) for part in jnp.split(mixed, len(inputs), axis=-1)]
+        (*inputs, gate), memory = self.convolution(self.project(x), memory, starts)
+        heads = [split_heads(part, self.heads) for part in inputs]
         gates = self.gates(x) if self.gate_names else []
         named = dict(zip(self.inputs, heads, strict=True))
         return named, dict(zip(self.gate_names, gates, strict=True)), gate, memory

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.split import with_halo
-from hope_jax.ops.convolution import causal_convolution
+from hope_jax.ops.convolution import mixed_parts
 from hope_jax.ops.linear import linear
 from hope_jax.shapes import Activations, Starts, Tokens
 from hope_jax.sharding import constrain
@@ -106,10 +106,9 @@ class Projections(nnx.Module):
             normal(key, (count, width, out), 1 / sqrt(width)), (None, "embed", "heads"), "matrix"
         )
 
-    def __call__(self, x: Activations) -> list[Float[Array, "B T E"]]:
-        """Returns one array for each projection."""
-        y = dense(x, self.weight[...], self.learns_by)
-        return [y[:, :, part] for part in range(y.shape[2])]
+    def __call__(self, x: Activations) -> Float[Array, "B T count E"]:
+        """Returns all projections."""
+        return dense(x, self.weight[...], self.learns_by)
 
 
 class Gates(nnx.Module):
@@ -148,22 +147,26 @@ class Output(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """A causal depthwise convolution whose last inputs are carried from call to call."""
+    """A causal depthwise convolution and SiLU; its last inputs are carried from call to call."""
 
-    def __init__(self, width: int, window: int, *, key: PRNGKeyArray):
-        self.window = window
+    def __init__(self, parts: int, width: int, window: int, *, key: PRNGKeyArray):
+        self.parts, self.window = parts, window
         # Mixes neighbours from the start: what binds a value to the key before it.
-        weight = normal(key, (window, width), 1 / sqrt(window))
+        weight = normal(key, (window, parts * width), 1 / sqrt(window))
         self.weight = parameter(weight, (None, "heads"), "vector")
 
     def __call__(
         self,
-        x: Float[Array, "B T E"],
-        memory: Float[Array, "B P E"] | None = None,
+        x: Float[Array, "B T N E"],
+        memory: Float[Array, "B past inner"] | None = None,
         starts: Starts | None = None,
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "B P E"]]:
-        """Returns the mixed input, and the last inputs to go on with."""
-        return with_halo(causal_convolution, x, self.weight[...].astype(x.dtype), memory, starts)
+    ) -> tuple[list[Float[Array, "B T E"]], Float[Array, "B past inner"]]:
+        """Mixes the first parts and hands on the others; returns also the inputs to go on with."""
+        weight = self.weight[...].astype(x.dtype).reshape(self.window, self.parts, x.shape[3])
+        if memory is not None:
+            memory = memory.reshape(*memory.shape[:2], *weight.shape[1:])
+        parts, memory = with_halo(mixed_parts, x, weight, memory, starts)
+        return parts, memory.reshape(*memory.shape[:2], -1)
 
 
 class Embedding(nnx.Module):

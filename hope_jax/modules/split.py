@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from hope_jax.shapes import Starts
@@ -106,19 +107,19 @@ def for_attention(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
 
 
 def with_halo(
-    op: Callable[[Array, Array, Array | None, Starts | None], tuple[Array, Array]],
-    x: Float[Array, "B T E"],
-    weight: Float[Array, "window E"],
-    memory: Float[Array, "B P E"] | None,
+    op: Callable[[Array, Array, Array | None, Starts | None], tuple[list[Array], Array]],
+    x: Float[Array, "B T N E"],
+    weight: Float[Array, "window P E"],
+    memory: Float[Array, "B past P E"] | None,
     starts: Starts | None,
-) -> tuple[Float[Array, "B T E"], Float[Array, "B P E"]]:
-    """Calls a convolution whose memory are its last inputs, where tokens are split over devices.
+) -> tuple[list[Float[Array, "B T E"]], Float[Array, "B past P E"]]:
+    """Calls a convolution whose memory are its last inputs, each device with tokens of its own.
 
-    Each device takes the last P inputs of the device before it for its memory; no other token is
-    sent.
+    Where tokens of a row are split over devices, each takes the last inputs of the device before it
+    for its memory; no other token is sent.
 
     Args:
-      op: From inputs, weights, memory and starts to outputs and memory.
+      op: From inputs, weights, memory and starts to N outputs and memory.
       x: Inputs.
       weight: Weights.
       memory: The inputs before; None for none.
@@ -129,16 +130,18 @@ def with_halo(
     """
     mesh = jax.sharding.get_abstract_mesh()
     past = weight.shape[0] - 1
-    if mesh.empty or mesh.manual_axes:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return op(x, weight, memory, starts)
     length = pieces("time", mesh)
-    if length == 1 or x.shape[1] % length or x.shape[1] // length < past:
+    if length > 1 and (x.shape[1] % length or x.shape[1] // length < past):
         return op(x, weight, memory, starts)
-    if memory is None:
-        memory = jnp.zeros((x.shape[0], past, x.shape[2]), x.dtype)
+    if memory is None and length > 1:
+        memory = jnp.zeros((x.shape[0], past, *weight.shape[1:]), x.dtype)
     axis = RULES["time"]
 
     def local(x, weight, memory, starts):
+        if length == 1:
+            return op(x, weight, memory, starts)
         index = jax.lax.axis_index(axis)
         _, own = op(x, weight, None, starts)
         onward = [(here, here + 1) for here in range(length - 1)]
@@ -146,12 +149,21 @@ def with_halo(
         y, end = op(x, weight, before, starts)
         return y, jax.lax.psum(jnp.where(index == length - 1, end, 0), axis)
 
-    into = spec(("batch", "time", "heads"), x.shape, mesh)
-    kernel = spec((None, "heads"), weight.shape, mesh)
-    kept = spec(("batch", None, "heads"), memory.shape, mesh)
-    marks = None if starts is None else spec(("batch", "time"), starts.shape, mesh)
+    def lay(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+        return spec(axes, shape, mesh)
+
+    batch, _, count, features = x.shape
+    names = "batch", "time", None, "heads"
+    into = lay(names, x.shape)
+    kernel = lay((None, None, "heads"), weight.shape)
+    kept = lay(("batch", None, None, "heads"), (batch, past, *weight.shape[1:]))
+    marks = None if starts is None else lay(("batch", "time"), starts.shape)
+    out = lay(("batch", "time", "heads"), (*x.shape[:2], features))
     run = jax.shard_map(
-        local, in_specs=(into, kernel, kept, marks), out_specs=(into, kept), check_vma=False
+        local,
+        in_specs=(into, kernel, None if memory is None else kept, marks),
+        out_specs=([out] * count, kept),
+        check_vma=False,
     )
     return run(x, weight, memory, starts)
 

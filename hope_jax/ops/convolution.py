@@ -1,7 +1,97 @@
 """A short causal convolution of each feature, which streams and keeps documents apart."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from hope_jax.ops.dispatch import Form, launch_refusal, pick, platform
+from hope_jax.ops.pallas import convolution as kernels
+
+
+def mixed_parts(
+    x: Float[Array, "B T N E"],
+    kernel: Float[Array, "window P E"],
+    memory: Float[Array, "B window-1 P E"] | None = None,
+    starts: Bool[Array, "B T"] | None = None,
+    *,
+    form: str = "auto",
+) -> tuple[list[Float[Array, "B T E"]], Float[Array, "B window-1 P E"]]:
+    """Convolves the first P parts of x and passes them through SiLU; hands on the others.
+
+    So the projections of a layer need not be taken apart before, and their gradients not be put
+    together after.
+
+    Args:
+      x: Parts of the tokens.
+      kernel: As for `causal_convolution`, of each part.
+      memory: As there.
+      starts: As there.
+      form: "auto", "pallas_triton" or "shifted".
+
+    Returns:
+      Each part, and the memory to go on with.
+    """
+    call = (x, kernel, memory, starts)
+    return pick(FORMS, form, *call)(*call)
+
+
+def _shifted(x, kernel, memory, starts):
+    window, parts, features = kernel.shape
+    joined = x[:, :, :parts].reshape(*x.shape[:2], -1)
+    if memory is not None:
+        memory = memory.reshape(*memory.shape[:2], -1)
+    mixed, memory = causal_convolution(joined, kernel.reshape(window, -1), memory, starts)
+    mixed = jnp.split(jax.nn.silu(mixed), parts, axis=-1)
+    rest = [x[:, :, part] for part in range(parts, x.shape[2])]
+    return mixed + rest, memory.reshape(*memory.shape[:2], parts, features)
+
+
+def _fused(x, kernel, memory, starts):
+    del memory
+    batch, time = x.shape[:2]
+    past, parts = kernel.shape[0] - 1, kernel.shape[1]
+    index = jnp.broadcast_to(jnp.arange(time), (batch, time))
+    begun = jnp.zeros_like(index) if starts is None else jnp.where(starts, index, 0)
+    age = index - jax.lax.cummax(begun, axis=1)
+    same = jnp.arange(past)[::-1] <= age[:, -1:]
+    end = jnp.where(same[:, :, None, None], x[:, time - past :, :parts], 0)
+    return _mixed(x, kernel, age), end
+
+
+def _refuses(x, kernel, memory, starts):
+    del starts
+    if memory is not None:
+        return "the kernel begins without earlier tokens, got a memory"
+    reason = launch_refusal()
+    if reason is not None:
+        return reason
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel takes bfloat16 and float32, got {x.dtype}"
+    return kernels.refusal(x.shape[1], x.shape[3], kernel.shape[0])
+
+
+FORMS = {
+    "pallas_triton": Form(_fused, _refuses, ("gpu",)),
+    "shifted": Form(_shifted),
+}
+
+
+@jax.custom_vjp
+def _mixed(x, kernel, age):
+    mixed = kernels.forward(x, kernel, age, interpret=platform() != "gpu")
+    return mixed + [x[:, :, part] for part in range(kernel.shape[1], x.shape[2])]
+
+
+def _mixed_forward(x, kernel, age):
+    return _mixed(x, kernel, age), (x, kernel, age)
+
+
+def _mixed_backward(residuals, slopes):
+    dx, dkernel = kernels.backward(*residuals, slopes, interpret=platform() != "gpu")
+    return dx, dkernel, None
+
+
+_mixed.defvjp(_mixed_forward, _mixed_backward)
 
 
 def causal_convolution(

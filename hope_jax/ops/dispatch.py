@@ -45,6 +45,17 @@ def on_hopper() -> bool:
     return platform() == "gpu" and re.search(r"\bG?H\d+", device.device_kind) is not None
 
 
+def launch_refusal() -> str | None:
+    """Says why a kernel cannot be launched on the mesh in use, or None if it can.
+
+    XLA does not split a launch: on several devices it belongs into a `jax.shard_map` over all axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
+        return f"a launch is not split over devices, got a mesh of {mesh.size}"
+    return None
+
+
 def pick(forms: Mapping[str, Form], form: str, *call: Any) -> Callable[..., Any]:
     """Chooses a form when the op is traced.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.ops.dispatch import platform
+from hope_jax.ops.dispatch import launch_refusal, platform
 from hope_jax.ops.pallas.chunk import Plan, Values
 from hope_jax.ops.pallas.walk import Sequence
 
@@ -105,9 +105,9 @@ def refusal(machine: ModuleType, plan: Plan, dtype: jnp.dtype, *widths: int) -> 
     Returns:
       One sentence, or None.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
-        return f"a launch is not split over devices, got a mesh of {mesh.size}"
+    reason = launch_refusal()
+    if reason is not None:
+        return reason
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernels take bfloat16 and float32, got {dtype}"
     if plan.chunk not in (16, 32, 64, 128):
