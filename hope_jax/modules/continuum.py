@@ -22,6 +22,7 @@ from hope_jax.ops.continuum import (
     held_level,
 )
 from hope_jax.ops.leaky import leaky_average
+from hope_jax.ops.linear import apart
 from hope_jax.shapes import Activations, Starts
 from hope_jax.sharding import constrain
 
@@ -440,9 +441,10 @@ class Level(nnx.Module):
         activation = ACTIVATIONS[self.config.activation]
         hidden = dense(x, self.up[...], self.learns_by)
         hidden = constrain(hidden, ("batch", "time", None, "mlp"))
-        active = activation(hidden[:, :, 0])
-        if hidden.shape[2] == 2:
-            active = active * hidden[:, :, 1]
+        first, *factor = apart(hidden, 2)
+        active = activation(first)
+        if factor:
+            active = active * factor[0]
         for layer in self.middle[...] if self.config.depth > 1 else ():
             active = activation(dense(active, layer, self.learns_by))
         return active

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import Form, pick, platform
+from hope_jax.ops.linear import apart
 from hope_jax.ops.pallas import continuum as kernels
 from hope_jax.ops.pallas import continuum_wide as wide_kernels
 
@@ -1239,8 +1240,9 @@ def _network(activation, weights, x):
 
 def _activate(activation, z):
     """Joins the projections of a layer into its hidden units."""
-    active = ACTIVATIONS[activation](z[..., 0, :])
-    return active * z[..., 1, :] if z.shape[-2] == 2 else active
+    first, *factor = apart(z, -2)
+    active = ACTIVATIONS[activation](first)
+    return active * factor[0] if factor else active
 
 
 def _product(weight, x):

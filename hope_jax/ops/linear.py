@@ -37,6 +37,15 @@ def objective_named(objective: str | Objective) -> Objective:
     return OBJECTIVES[objective]
 
 
+def apart(x: Array, axis: int) -> list[Array]:
+    """The entries of an axis, which it takes away.
+
+    Their gradients are laid side by side; those of slices would be padded with zeros and added, for
+    which XLA moves twice as much.
+    """
+    return [jnp.squeeze(part, axis) for part in jnp.split(x, x.shape[axis], axis)]
+
+
 def linear(
     x: Float[Array, "*rows in"],
     weight: Float[Array, "in out"],
