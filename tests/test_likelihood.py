@@ -142,6 +142,82 @@ def test_words_and_rows_may_lie_on_different_devices():
     assert "all-gather" not in compiled.as_text()
 
 
+KERNEL = "pallas_triton"
+
+
+def gradients_of_a_weighted_sum(form, hidden, unembedding, targets, weights):
+    def loss(hidden, unembedding, weights):
+        return weighted_loss(hidden, unembedding, targets, weights, chunk=4, form=form)
+
+    return jax.value_and_grad(loss, (0, 1, 2))(hidden, unembedding, weights)
+
+
+@pytest.mark.parametrize("words", [16, 257, 1000])
+def test_the_kernel_scores_as_float64_does(words):
+    hidden, unembedding, targets, weights = random_call(time=9, words=words)
+    weights = weights.at[0, 3].set(0)
+    found = gradients_of_a_weighted_sum(KERNEL, hidden, unembedding, targets, weights)
+    assert (found[1][0][0, 3] == 0).all()
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (hidden, unembedding, weights)]
+        whole_sum = jax.value_and_grad(
+            lambda h, e, w: jnp.sum(w * whole(h, e, targets)), argnums=(0, 1, 2)
+        )
+        expected = jax.tree.map(np.asarray, whole_sum(*wide))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 1e4])
+def test_the_kernel_rounds_where_xla_does_and_does_not_overflow(size):
+    call = random_call(time=9, words=300, dtype=jnp.bfloat16)
+    call = size * call[0], *call[1:]
+    expected, found = (gradients_of_a_weighted_sum(form, *call) for form in ("xla", KERNEL))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert jnp.isfinite(b).all()
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-4)
+
+
+def test_the_kernel_runs_where_every_device_has_words_of_all_kinds():
+    mesh = jax.make_mesh((8, 1), ("rows", "words"), axis_types=(AxisType.Auto,) * 2)
+    call = random_call(batch=8, time=8)
+
+    def of_own_rows(*call):
+        return weighted_loss(*call, form=KERNEL)[None]
+
+    rows = PartitionSpec("rows")
+    run = jax.shard_map(
+        of_own_rows,
+        in_specs=(rows, PartitionSpec(), rows, rows),
+        out_specs=rows,
+        axis_names={"rows"},
+        check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(lambda *call: jnp.sum(run(*call)), (0, 1)))(*call)
+    expected = jax.grad(weighted_loss, (0, 1))(*call)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_says_what_it_does_not_take():
+    def differentiate(*call):
+        jax.eval_shape(jax.grad(lambda *call: weighted_loss(*call, form=KERNEL)), *call)
+
+    with pytest.raises(ValueError, match="at most 32768 words, got 32769"):
+        differentiate(*random_call(words=32769, width=1))
+    with (
+        jax.set_mesh(jax.make_mesh((8,), ("words",), axis_types=(AxisType.Auto,))),
+        pytest.raises(ValueError, match="not split over devices, got a mesh of 8"),
+    ):
+        differentiate(*random_call())
+    with jax.enable_x64(True), pytest.raises(ValueError, match="float32 logits, got float64"):
+        differentiate(*random_call())
+
+
 def test_a_chunk_of_nothing_is_an_error():
     *call, _ = random_call()
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):

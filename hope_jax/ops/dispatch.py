@@ -48,10 +48,12 @@ def on_hopper() -> bool:
 def launch_refusal() -> str | None:
     """Says why a kernel cannot be launched on the mesh in use, or None if it can.
 
-    XLA does not split a launch: on several devices it belongs into a `jax.shard_map` over all axes.
+    XLA does not split a launch: on several devices it belongs into a `jax.shard_map` over all axes
+    but those of one device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
+    left = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes]
+    if any(mesh.shape[axis] > 1 for axis in left):
         return f"a launch is not split over devices, got a mesh of {mesh.size}"
     return None
 

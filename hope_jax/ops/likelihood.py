@@ -1,10 +1,14 @@
 """The next-token loss, computed a few tokens at a time so that the logits never exist at once."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from hope_jax.ops.dispatch import Form, launch_refusal, pick, platform
+from hope_jax.ops.pallas import likelihood as kernels
 
 
 def next_token_loss(
@@ -51,6 +55,7 @@ def weighted_loss(
     weights: Float[Array, "B T"],
     *,
     chunk: int = 256,
+    form: str = "auto",
 ) -> Float[Array, ""]:
     """The sum of `weights * next_token_loss(...)`.
 
@@ -64,15 +69,16 @@ def weighted_loss(
       targets: As there.
       weights: What each loss counts for.
       chunk: As there.
+      form: How logits become losses and errors: "auto", "pallas_triton" or "xla".
 
     Returns:
       The sum, in the dtype of the losses.
 
     Raises:
-      ValueError: `chunk` is below 1.
+      ValueError: `chunk` is below 1, or the named form does not take the call.
     """
     split, _ = _chunks(targets.shape[1], chunk)
-    return _weighted(split(hidden), unembedding, split(targets), split(weights))
+    return _weighted(split(hidden), unembedding, split(targets), split(weights), form)
 
 
 def _chunks(time: int, chunk: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
@@ -118,7 +124,8 @@ def _backward(residuals, slope):
 
     def step(total, chunk):
         hidden, targets, partition, slope = chunk
-        return _push(total, _logits(hidden, words), hidden, words, targets, partition, slope)
+        errors = _errors(_logits(hidden, words), targets, partition, slope).astype(hidden.dtype)
+        return _push(total, errors, hidden, words)
 
     total = jnp.zeros(unembedding.shape, partitions.dtype)
     total, back = jax.lax.scan(step, total, (hidden, targets, partitions, slope))
@@ -128,24 +135,26 @@ def _backward(residuals, slope):
 _losses.defvjp(_forward, _backward)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _weighted(
     hidden: Float[Array, "N B C D"],
     unembedding: Float[Array, "vocabulary D"],
     targets: Int[Array, "N B C"],
     weights: Float[Array, "N B C"],
+    form: str,
 ) -> Float[Array, ""]:
+    del form
     return jnp.sum(weights * _losses(hidden, unembedding, targets))
 
 
-def _weighted_forward(hidden, unembedding, targets, weights):
+def _weighted_forward(hidden, unembedding, targets, weights, form):
     words = unembedding.astype(hidden.dtype)
 
     def step(total, chunk):
         hidden, targets, weights = chunk
-        logits = _logits(hidden, words)
-        losses, partition = _score(logits, hidden, words, targets)
-        total, back = _push(total, logits, hidden, words, targets, partition, weights)
+        call = _logits(hidden, words), hidden, words, targets, weights
+        losses, errors = pick(FORMS, form, *call)(*call)
+        total, back = _push(total, errors, hidden, words)
         return total, (losses, back)
 
     total = jnp.zeros(unembedding.shape, jnp.promote_types(hidden.dtype, jnp.float32))
@@ -153,7 +162,8 @@ def _weighted_forward(hidden, unembedding, targets, weights):
     return jnp.sum(weights * losses), (back, total.astype(unembedding.dtype), losses)
 
 
-def _weighted_backward(residuals, slope):
+def _weighted_backward(form, residuals, slope):
+    del form
     back, total, losses = ((slope * x).astype(x.dtype) for x in residuals)
     return back, total, None, losses
 
@@ -175,14 +185,43 @@ def _score(logits, hidden, words, targets):
     return partition - chosen, partition
 
 
-def _push(total, logits, hidden, words, targets, partition, slope):
+def _errors(logits, targets, partition, slope):
+    """What is owed for a chunk's logits."""
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    return slope[..., None] * (jnp.exp(logits - partition[..., None]) - is_target)
+
+
+def _push(total, errors, hidden, words):
     """Adds a chunk's gradient of the words to `total`; returns also that of its hidden states."""
-    errors = jnp.exp(logits - partition[..., None]) - _is_target(targets, logits)
-    errors = (slope[..., None] * errors).astype(hidden.dtype)
     back = jnp.einsum("BCW,WD->BCD", errors, words)
     total = total + jnp.einsum("BCW,BCD->WD", errors, hidden, preferred_element_type=total.dtype)
     return total, back
 
 
-def _is_target(targets, logits):
-    return targets[..., None] == jnp.arange(logits.shape[-1])
+def _scored(logits, hidden, words, targets, weights):
+    losses, partition = _score(logits, hidden, words, targets)
+    return losses, _errors(logits, targets, partition, weights).astype(hidden.dtype)
+
+
+def _fused(logits, hidden, words, targets, weights):
+    del words
+    weights = weights.astype(logits.dtype)
+    flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    losses, errors = kernels.errors(*flat, hidden.dtype, interpret=platform() != "gpu")
+    return losses.reshape(targets.shape), errors.reshape(logits.shape)
+
+
+def _refuses(logits, hidden, words, targets, weights):
+    del hidden, words, targets, weights
+    reason = launch_refusal()
+    if reason is not None:
+        return reason
+    if logits.dtype != jnp.float32:
+        return f"the kernel takes float32 logits, got {logits.dtype}"
+    return kernels.refusal(logits.shape[-1])
+
+
+FORMS = {
+    "pallas_triton": Form(_fused, _refuses, ("gpu",)),
+    "xla": Form(_scored),
+}
