@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops import recurrence, selfref_fused
-from hope_jax.ops.dispatch import Form, pick
-from hope_jax.ops.pallas import gpu, tpu
+from hope_jax.ops.dispatch import Form, launch_refusal, pick, platform
+from hope_jax.ops.pallas import gpu, one_token, tpu
 from hope_jax.ops.recurrence import Factor, Path
 
 GATES = ("eta", "alpha")
@@ -171,7 +171,7 @@ def self_referential(
         errors for constants; adaptive k and v memories then receive no gradient at all.
       write_max: The largest write gate. Above 1 the transition `alpha - eta` can be negative; the
         memory contracts while `eta - alpha <= 1`.
-      form: "auto", "chunked", or "reference".
+      form: "auto" or one of `FORMS`.
 
     Returns:
       What the queries read, and the memory after the last token.
@@ -213,15 +213,14 @@ def learn_and_read(
       memory: What earlier tokens left behind, or None.
       starts: Document starts, or None.
       setting: The options.
-      form: The form; "auto" reads a single token by the recurrence, which costs no chunk.
+      form: The form; "auto" takes one of `SINGLE` for a single token.
 
     Returns:
       What the queries read, and the memory after the last token.
     """
-    if form == "auto" and x.shape[1] == 1:
-        form = "reference"
     call = (x, views, biases, initial, memory, starts, setting)
-    return pick(FORMS, form, *call)(*call)
+    forms = SINGLE if form == "auto" and x.shape[1] == 1 else FORMS
+    return pick(forms, form, *call)(*call)
 
 
 def reference(
@@ -234,34 +233,94 @@ def reference(
     setting: Setting,
 ) -> tuple[Float[Array, "B T H V"], SelfReferentialMemory]:
     """Follows the equations token by token; every inner gradient is taken by `jax.grad`."""
+    return _one_by_one(_each_head, x, views, biases, initial, memory, starts, setting)
+
+
+def stepped(
+    x: Float[Array, "B T H K"],
+    views: Views,
+    biases: tuple[Float[Array, " H"], Float[Array, " H"]],
+    initial: Matrices,
+    memory: SelfReferentialMemory | None,
+    starts: Bool[Array, "B T"] | None,
+    setting: Setting,
+) -> tuple[Float[Array, "B T H V"], SelfReferentialMemory]:
+    """Computes the same as `reference` with a kernel for each token, see `ops.pallas.one_token`.
+
+    Its memories are changed where they lie. The gradient of a token is that of the reference.
+    """
+    return _one_by_one(_in_one_pass, x, views, biases, initial, memory, starts, setting)
+
+
+def _one_by_one(read_one, x, views, biases, initial, memory, starts, setting):
+    """Scans over tokens with a function that reads one of them."""
     dtype = _accumulation(x.dtype)
     initial, biases = _cast((initial, biases), dtype)
     if memory is None:
         memory = fresh_memory(initial, x.shape[0], momentum=views.momentum is not None)
-    if starts is None:
-        starts = jnp.zeros(x.shape[:2], bool)
-    one_head = partial(_token, setting)
-    heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
-    batch = jax.vmap(heads, in_axes=(None, None, 0, 0, 0, 0, 0, 0))
 
     def step(memory, token):
-        y, state, momentum, held = batch(
-            initial, biases, memory.state, memory.momentum, memory.held, *_cast(token, dtype)
-        )
-        position = memory.position + 1
-        held = {
-            name: jax.tree.map(
-                partial(jnp.where, position % _chunk_of(name, setting) == 0),
-                state[name],
-                held[name],
-            )
-            for name in initial
-        }
-        return SelfReferentialMemory(position, state, momentum, held), y
+        return read_one(setting, initial, biases, memory, *_cast(token, dtype))
 
     time_first = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (x, views, starts))
     memory, y = jax.lax.scan(step, memory, time_first)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), memory
+
+
+def _each_head(setting, initial, biases, memory, x, views, start):
+    """One token of all heads of all rows: the memory after it, and what it reads."""
+    if start is None:
+        start = jnp.zeros(x.shape[0], bool)
+    heads = jax.vmap(partial(_token, setting), in_axes=(0, 0, 0, 0, 0, 0, 0, None))
+    batch = jax.vmap(heads, in_axes=(None, None, 0, 0, 0, 0, 0, 0))
+    y, state, momentum, held = batch(
+        initial, biases, memory.state, memory.momentum, memory.held, x, views, start
+    )
+    position = memory.position + 1
+    held = {
+        name: jax.tree.map(
+            partial(jnp.where, position % _chunk_of(name, setting) == 0), state[name], held[name]
+        )
+        for name in initial
+    }
+    return SelfReferentialMemory(position, state, momentum, held), y
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_one_pass(setting, initial, biases, memory, x, views, start):
+    """The same by the kernel."""
+    token = one_token.Token(x, *views[:5], None if start is None else start.astype(jnp.int32))
+    state, held, initial = (
+        {name: matrices[0] for name, matrices in tree.items()}
+        for tree in (memory.state, memory.held, initial)
+    )
+    state, held, y = one_token.step(
+        selfref_fused.plan_of(x, views, setting), state, held, memory.position, token, initial,
+        biases, interpret=platform() != "gpu",
+    )  # fmt: skip
+    state, held = ({name: (m,) for name, m in tree.items()} for tree in (state, held))
+    return SelfReferentialMemory(memory.position + 1, state, None, held), y
+
+
+def _in_one_pass_forward(setting, *call):
+    return _in_one_pass(setting, *call), call
+
+
+def _in_one_pass_backward(setting, call, slopes):
+    return jax.vjp(partial(_each_head, setting), *call)[1](slopes)
+
+
+_in_one_pass.defvjp(_in_one_pass_forward, _in_one_pass_backward)
+
+
+def _refuses_stepping(x, views, biases, initial, memory, starts, setting):
+    """Says why the kernel for single tokens does not take a call, or None if it does."""
+    del x, biases, memory, starts, setting
+    if any(len(matrices) == 2 for matrices in initial.values()):
+        return "the kernel takes linear memories, got an MLP"
+    if views.momentum is not None:
+        return "the kernel takes memories without momentum"
+    return launch_refusal() or one_token.refusal(*initial["memory"][0].shape[:-3:-1])
 
 
 def _token(setting, initial, biases, state, momentum, held, x, views, start):
@@ -393,11 +452,17 @@ def fused(machine: ModuleType, *call) -> tuple[Float[Array, "B T H V"], SelfRefe
     return y, SelfReferentialMemory(*memory)
 
 
+SINGLE = {
+    "pallas_token": Form(stepped, _refuses_stepping, ("gpu",)),
+    "reference": Form(reference),
+}
+"""The forms for a single token, which costs them no chunk."""
+
 FORMS = {
     "pallas_triton": Form(partial(fused, gpu), partial(selfref_fused.refuses, gpu), ("gpu",)),
     "pallas_tpu": Form(partial(fused, tpu), partial(selfref_fused.refuses, tpu), ("tpu",)),
     "chunked": Form(chunked),
-    "reference": Form(reference),
+    **SINGLE,
 }
 
 

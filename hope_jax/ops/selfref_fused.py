@@ -14,7 +14,7 @@ def run(machine, x, views, biases, initial, memory, starts, setting):
     Returns:
       What was read, and the position, state, momentum (None) and held matrices left behind.
     """
-    plan = _plan(x, views, setting)
+    plan = plan_of(x, views, setting)
     tokens = {"x": x} if plan.gates or len(plan.memories) > 1 else {}
     given = {"k": views.key, "v": views.value, "q": views.query}
     tokens |= {name: array.astype(x.dtype) for name, array in given.items() if array is not None}
@@ -41,10 +41,13 @@ def refuses(machine, x, views, biases, initial, memory, starts, setting):
         return "the kernels take memories without momentum"
     if setting.inner_gradient == "stop":
         return "the kernels differentiate the inner updates, got inner_gradient=stop"
-    return refusal(machine, _plan(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1])
+    return refusal(
+        machine, plan_of(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1]
+    )
 
 
-def _plan(x, views, setting):
+def plan_of(x, views, setting):
+    """What the kernels are to compute."""
     adaptive = {"k": views.key, "v": views.value, "q": views.query}
     gates = {"eta": views.write, "alpha": views.retain}
     narrow = x.dtype == jnp.bfloat16
