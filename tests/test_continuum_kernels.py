@@ -10,7 +10,6 @@ import pytest
 
 from hope_jax.ops.continuum import Pace, continuum_level
 from hope_jax.ops.pallas import continuum as kernels
-from hope_jax.ops.pallas import continuum_wide as wide_kernels
 
 ROWS, CHUNK, INPUTS, OUTPUTS = 2, 16, 16, 32
 pytestmark = pytest.mark.usefixtures("x64")
@@ -36,14 +35,11 @@ def loss(arrays, starts, slope, form):
     return jnp.sum(y * slope) + deltas, (y, after)
 
 
-@pytest.fixture(params=["narrow", "wide"], autouse=True)
-def kind(request, monkeypatch):
-    """Two programs for each level, or chunks of two tiles and matrices of two by eight."""
-    monkeypatch.setattr(kernels, "COLUMNS", 16 if request.param == "narrow" else 8)
-    for module in (kernels, wide_kernels):
-        monkeypatch.setattr(module, "TILE", 8)
-    monkeypatch.setattr(wide_kernels, "STEP", 4)
-    return request.param
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    """Several programs for a level."""
+    monkeypatch.setattr(kernels, "COLUMNS", 16)
+    monkeypatch.setattr(kernels, "TILE", 8)
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 from hope_jax.ops.dispatch import Form, pick, platform
 from hope_jax.ops.linear import apart
 from hope_jax.ops.pallas import continuum as kernels
-from hope_jax.ops.pallas import continuum_wide as wide_kernels
 
 Activation = Literal["gelu", "relu", "silu"]
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
@@ -880,26 +879,25 @@ def _recall_fused(gain, groups: _Group):
 @jax.custom_vjp
 def _read_fused(tokens: kernels.Tokens, slow, size, stay):
     """What a level answers, its deltas after the last chunk, and which moves were finite."""
-    return _kernels(tokens).answer(tokens, slow, size, stay, interpret=_interpret())[:3]
+    return kernels.answer(tokens, slow, size, stay, interpret=_interpret())
 
 
 def _read_fused_forward(tokens, slow, size, stay):
-    answer = _kernels(tokens).answer(tokens, slow, size, stay, interpret=_interpret())
-    y, state, finite, before = jax.tree.map(lambda a: checkpoint_name(a, KEPT), answer)
-    return (y, state, finite), (tokens, stay, y, finite, before)
+    answer = kernels.answer(tokens, slow, size, stay, interpret=_interpret())
+    y, state, finite = jax.tree.map(lambda a: checkpoint_name(a, KEPT), answer)
+    return (y, state, finite), (tokens, stay, y, finite)
 
 
 def _read_fused_backward(kept, cotangents):
-    tokens, stay, y, finite, before = kept
+    tokens, stay, y, finite = kept
     d_y, d_state, _ = cotangents
     batch, count = stay.shape
     moved = jnp.repeat(finite, y.shape[1] // count, axis=1)
     tokens = tokens._replace(
         write=jnp.where(moved, tokens.write, 0), decay=jnp.where(finite, tokens.decay, stay)
     )
-    if before is None:
-        before = kernels.states(tokens, y, interpret=_interpret())
-    slopes = _kernels(tokens).unlearn(tokens, y, before, d_y, d_state, interpret=_interpret())
+    before = kernels.states(tokens, y, interpret=_interpret())
+    slopes = kernels.unlearn(tokens, y, before, d_y, d_state, interpret=_interpret())
 
     def back(array, deltas):
         array = array.reshape(batch, count, -1, array.shape[-1])
@@ -919,11 +917,6 @@ def _read_fused_backward(kept, cotangents):
 
 
 _read_fused.defvjp(_read_fused_forward, _read_fused_backward)
-
-
-def _kernels(tokens):
-    chunk = tokens.hidden.shape[1] // tokens.decay.shape[1]
-    return wide_kernels if chunk > kernels.COLUMNS else kernels
 
 
 def _interpret():

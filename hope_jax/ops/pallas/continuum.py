@@ -21,10 +21,10 @@ COLUMNS = 64
 TILE = 128
 """Rows and columns that a program has of deltas which are already known to move."""
 WARPS = 8
-
-
+LONGEST = 64
+"""Tokens of a chunk that registers hold."""
 SIZES = (16, 32, 64, 128, 256)
-"""Inputs whose deltas registers hold."""
+"""Inputs whose deltas they hold beside."""
 
 
 class Tokens(NamedTuple):
@@ -76,15 +76,12 @@ def refusal(chunk: int, time: int, inputs: int, outputs: int) -> str | None:
     """
     if time < 2 * chunk:
         return f"the kernels take two chunks or more, got {time} tokens"
-    if chunk < 16 or chunk & (chunk - 1):
-        return f"the kernels take chunks of 16 tokens or a higher power of two, got {chunk}"
-    got = f"got {inputs} and {outputs}"
-    if chunk > COLUMNS and (chunk % TILE or inputs % TILE or outputs % TILE):
-        return f"for chunks of {chunk} the kernels take multiples of {TILE} features, {got}"
-    if chunk <= COLUMNS and (inputs not in SIZES or (outputs % TILE and outputs not in SIZES)):
+    if not 16 <= chunk <= LONGEST or chunk & (chunk - 1):
+        return f"the kernels take chunks of a power of two from 16 to {LONGEST}, got {chunk}"
+    if inputs not in SIZES or (outputs % TILE and outputs not in SIZES):
         return (
-            f"for chunks of {chunk} the kernels take {', '.join(map(str, SIZES))} inputs and as "
-            f"many outputs or a multiple of {TILE}, {got}"
+            f"the kernels take {', '.join(map(str, SIZES))} inputs and as many outputs or a "
+            f"multiple of {TILE}, got {inputs} and {outputs}"
         )
     return None
 
@@ -96,7 +93,7 @@ def answer(
     stay: Float[Array, "B N"],
     *,
     interpret: bool,
-) -> tuple[Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"], None]:
+) -> tuple[Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"]]:
     """Reads tokens with deltas that move after every chunk, from zero.
 
     Equivalent to, for each chunk:
@@ -112,8 +109,7 @@ def answer(
       interpret: Whether to interpret the kernel instead of compiling it.
 
     Returns:
-      The answers; the deltas after the last chunk; whether moves were finite in all columns; what
-      `states` returns, if it was made on the way.
+      The answers; the deltas after the last chunk; whether moves were finite in all columns.
     """
     (batch, time, inputs), outputs, count = tokens.hidden.shape, slow.shape[-1], stay.shape[1]
     width = min(COLUMNS, outputs)
@@ -133,7 +129,7 @@ def answer(
         name="continuum_answer",
         **_how(interpret),
     )(tokens, slow, size, stay)
-    return y, deltas, jnp.all(finite > 0, 1), None
+    return y, deltas, jnp.all(finite > 0, 1)
 
 
 def states(tokens: Tokens, y: Float[Array, "B T O"], *, interpret: bool) -> Float[Array, "B N I O"]:
@@ -217,14 +213,14 @@ def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite):
     def step(n, state):
         rows = pl.ds(n * chunk, chunk)
         hidden = tokens.hidden[rows, :]
-        fast = dot(hidden, state.astype(hidden.dtype), state.dtype)
+        fast = _dot(hidden, state.astype(hidden.dtype), state.dtype)
         told = (slow[rows, :] + tokens.read[rows][:, None] * fast).astype(y.dtype)
         y[rows, :] = told
-        taught = taught_by(tokens, rows, told)
+        taught = _taught_by(tokens, rows, told)
         largest = jnp.sum(jnp.abs(taught), 1) * size[rows]
         moves = jnp.sum(largest) + jnp.abs(tokens.decay[n]) < jnp.inf
         finite[n] = moves.astype(jnp.int32)
-        move = dot(hidden.T, weighed_of(tokens, rows, taught), state.dtype)
+        move = _dot(hidden.T, _weighed_of(tokens, rows, taught), state.dtype)
         kept = jnp.where(stay[n] > 0, state, 0)
         return jnp.where(moves, tokens.decay[n] * state - move, kept)
 
@@ -234,17 +230,11 @@ def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite):
 def _states_kernel(chunk, tokens, y, before):
     wide = jnp.promote_types(y.dtype, jnp.float32)
 
-    size = min(chunk, COLUMNS)
-
     def step(n, state):
         before[n] = state.astype(before.dtype)
-
-        def learn(part, state):
-            rows = pl.ds(n * chunk + part * size, size)
-            weighed = weighed_of(tokens, rows, taught_by(tokens, rows, y[rows, :]))
-            return state - dot(tokens.hidden[rows, :].T, weighed, wide)
-
-        return jax.lax.fori_loop(0, chunk // size, learn, tokens.decay[n] * state)
+        rows = pl.ds(n * chunk, chunk)
+        weighed = _weighed_of(tokens, rows, _taught_by(tokens, rows, y[rows, :]))
+        return tokens.decay[n] * state - _dot(tokens.hidden[rows, :].T, weighed, wide)
 
     jax.lax.fori_loop(0, before.shape[0], step, jnp.zeros(before.shape[1:], wide))
 
@@ -259,21 +249,21 @@ def _unlearn_kernel(chunk, tokens, y, before, d_y, d_deltas, *slopes):
         d_after = d_state.astype(hidden.dtype)
         slopes.deltas[n] = d_after
         slopes.decay[n] = jnp.sum(d_state * before[n])
-        d_weighed = -dot(hidden, d_after, wide)
-        taught = taught_by(tokens, rows, y[rows, :])
-        slopes.weighed[rows, :] = weighed_of(tokens, rows, taught)
+        d_weighed = -_dot(hidden, d_after, wide)
+        taught = _taught_by(tokens, rows, y[rows, :])
+        slopes.weighed[rows, :] = _weighed_of(tokens, rows, taught)
         slopes.write[rows] = jnp.sum(taught * d_weighed, 1)
         d_taught = tokens.write[rows][:, None] * d_weighed
         slopes.taught[rows, :] = d_taught.astype(slopes.taught.dtype)
         d_answer = (d_y[rows, :] + d_taught).astype(hidden.dtype)
         slopes.answers[rows, :] = d_answer
         d_read = (tokens.read[rows][:, None] * d_answer).astype(hidden.dtype)
-        return tokens.decay[n] * d_state + dot(hidden.T, d_read, wide)
+        return tokens.decay[n] * d_state + _dot(hidden.T, d_read, wide)
 
     jax.lax.fori_loop(0, count, step, d_deltas[...])
 
 
-def taught_by(tokens: Any, rows: Any, told: Any) -> Any:
+def _taught_by(tokens: Any, rows: Any, told: Any) -> Any:
     """By how much answers are wrong, in a kernel; zero where nothing is learned from it."""
     wide = tokens.write.dtype
     error = told.astype(wide) - tokens.wanted[rows, :].astype(wide)
@@ -281,12 +271,12 @@ def taught_by(tokens: Any, rows: Any, told: Any) -> Any:
     return jnp.where(tokens.write[rows][:, None] != 0, error, 0)
 
 
-def weighed_of(tokens: Any, rows: Any, taught: Any) -> Any:
+def _weighed_of(tokens: Any, rows: Any, taught: Any) -> Any:
     """What is taught, times its share in the move."""
     return (tokens.write[rows][:, None] * taught).astype(tokens.wanted.dtype)
 
 
-def dot(a: Any, b: Any, wide: Any) -> Any:
+def _dot(a: Any, b: Any, wide: Any) -> Any:
     """A product, summed in a wider type."""
     return jax.lax.dot(a, b, preferred_element_type=wide)
 
