@@ -1,5 +1,6 @@
 """The chunked loss is the cross-entropy of the whole logits, at a fraction of their memory."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,6 +168,20 @@ def test_the_kernel_scores_as_float64_does(words):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_scores_each_target_and_leaves_gradients_as_they_are():
+    hidden, unembedding, targets, weights = random_call(time=9, words=300)
+    targets = targets.at[0, 0].set(300)
+
+    def run(form):
+        def loss(hidden, unembedding):
+            losses = next_token_loss(hidden, unembedding, targets, chunk=4, form=form)
+            return jnp.sum(weights * losses), losses
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(hidden, unembedding)
+
+    chex.assert_trees_all_close(run(KERNEL), run("xla"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 1e4])

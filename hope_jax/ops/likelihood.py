@@ -17,6 +17,7 @@ def next_token_loss(
     targets: Int[Array, "B T"],
     *,
     chunk: int = 256,
+    form: str = "auto",
 ) -> Float[Array, "B T"]:
     """Scores each target by a linear softmax classifier.
 
@@ -37,15 +38,16 @@ def next_token_loss(
       unembedding: One row for each word.
       targets: The words to guess, in 0..vocabulary-1 (not checked: one beyond has logit 0).
       chunk: The most tokens of a row whose logits exist at once. Any T will do.
+      form: How logits are scored: "auto", "pallas_triton" or "xla".
 
     Returns:
       Negative log-likelihoods in nats, float32 (float64 if `hidden` is).
 
     Raises:
-      ValueError: `chunk` is below 1.
+      ValueError: `chunk` is below 1, or the named form does not take the call.
     """
     split, join = _chunks(targets.shape[1], chunk)
-    return join(_losses(split(hidden), unembedding, split(targets)))
+    return join(_losses(split(hidden), unembedding, split(targets), form))
 
 
 def weighted_loss(
@@ -98,27 +100,30 @@ def _chunks(time: int, chunk: int) -> tuple[Callable[[Array], Array], Callable[[
     return split, join
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _losses(
     hidden: Float[Array, "N B C D"],
     unembedding: Float[Array, "vocabulary D"],
     targets: Int[Array, "N B C"],
+    form: str,
 ) -> Float[Array, "N B C"]:
-    return _forward(hidden, unembedding, targets)[0]
+    return _forward(hidden, unembedding, targets, form)[0]
 
 
-def _forward(hidden, unembedding, targets):
+def _forward(hidden, unembedding, targets, form):
     words = unembedding.astype(hidden.dtype)
 
     def step(_, chunk):
         hidden, targets = chunk
-        return None, _score(_logits(hidden, words), hidden, words, targets)
+        call = _logits(hidden, words), hidden, words, targets
+        return None, pick(SCORES, form, *call)(*call)
 
     _, (losses, partitions) = jax.lax.scan(step, None, (hidden, targets))
     return losses, (hidden, unembedding, targets, partitions)
 
 
-def _backward(residuals, slope):
+def _backward(form, residuals, slope):
+    del form
     hidden, unembedding, targets, partitions = residuals
     words = unembedding.astype(hidden.dtype)
 
@@ -143,8 +148,7 @@ def _weighted(
     weights: Float[Array, "N B C"],
     form: str,
 ) -> Float[Array, ""]:
-    del form
-    return jnp.sum(weights * _losses(hidden, unembedding, targets))
+    return jnp.sum(weights * _losses(hidden, unembedding, targets, form))
 
 
 def _weighted_forward(hidden, unembedding, targets, weights, form):
@@ -198,12 +202,19 @@ def _push(total, errors, hidden, words):
     return total, back
 
 
-def _scored(logits, hidden, words, targets, weights):
+def _score_at_once(logits, hidden, words, targets):
+    del hidden, words
+    flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    found = kernels.scores(*flat, interpret=platform() != "gpu")
+    return tuple(x.reshape(targets.shape) for x in found)
+
+
+def _score_and_push(logits, hidden, words, targets, weights):
     losses, partition = _score(logits, hidden, words, targets)
     return losses, _errors(logits, targets, partition, weights).astype(hidden.dtype)
 
 
-def _fused(logits, hidden, words, targets, weights):
+def _push_at_once(logits, hidden, words, targets, weights):
     del words
     weights = weights.astype(logits.dtype)
     flat = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), weights.reshape(-1)
@@ -211,8 +222,8 @@ def _fused(logits, hidden, words, targets, weights):
     return losses.reshape(targets.shape), errors.reshape(logits.shape)
 
 
-def _refuses(logits, hidden, words, targets, weights):
-    del hidden, words, targets, weights
+def _refuses(logits, *others):
+    del others
     reason = launch_refusal()
     if reason is not None:
         return reason
@@ -221,7 +232,11 @@ def _refuses(logits, hidden, words, targets, weights):
     return kernels.refusal(logits.shape[-1])
 
 
+SCORES = {
+    "pallas_triton": Form(_score_at_once, _refuses, ("gpu",)),
+    "xla": Form(_score),
+}
 FORMS = {
-    "pallas_triton": Form(_fused, _refuses, ("gpu",)),
-    "xla": Form(_scored),
+    "pallas_triton": Form(_push_at_once, _refuses, ("gpu",)),
+    "xla": Form(_score_and_push),
 }

@@ -42,32 +42,66 @@ def errors(
     Returns:
       The losses, and what is owed for the logits: `weights * (softmax - target)`.
     """
+    like = jax.ShapeDtypeStruct(targets.shape, logits.dtype)
+    out = like, jax.ShapeDtypeStruct(logits.shape, dtype)
+    return _launch(_errors_kernel, "likelihood_errors", out, interpret, logits, targets, weights)
+
+
+def scores(
+    logits: Float[Array, "N words"], targets: Int[Array, " N"], *, interpret: bool
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Returns the losses of N tokens, and the logarithms of the sums of their powers.
+
+    Args:
+      logits: As for `errors`.
+      targets: As there.
+      interpret: As there.
+    """
+    like = jax.ShapeDtypeStruct(targets.shape, logits.dtype)
+    return _launch(_scores_kernel, "likelihood", (like, like), interpret, logits, targets)
+
+
+def _launch(kernel, name, out, interpret, logits, *of_tokens):
     count, words = logits.shape
-    block = pl.next_power_of_2(words)
+    warps = min(max(pl.next_power_of_2(words) // 1024, 1), 32)
     return pl.pallas_call(
-        _kernel,
-        out_shape=(
-            jax.ShapeDtypeStruct((count,), logits.dtype),
-            jax.ShapeDtypeStruct(logits.shape, dtype),
-        ),
+        kernel,
+        out_shape=out,
         grid=count,
         interpret=interpret,
-        name="likelihood_errors",
-        compiler_params=triton.CompilerParams(num_warps=min(max(block // 1024, 1), 32)),
-    )(logits, targets, weights)
+        name=name,
+        compiler_params=triton.CompilerParams(num_warps=warps),
+    )(logits, *of_tokens)
 
 
-def _kernel(logits, targets, weights, losses, errors):
-    row, count = pl.program_id(0), logits.shape[1]
+def _scores_kernel(logits, targets, losses, partitions):
+    row = pl.program_id(0)
+    *_, partition, chosen = _read(row, logits, targets[row])
+    losses[row] = partition - chosen
+    partitions[row] = partition
+
+
+def _errors_kernel(logits, targets, weights, losses, errors):
+    row = pl.program_id(0)
+    target, weight = targets[row], weights[row]
+    words, there, powers, total, partition, chosen = _read(row, logits, target)
+    losses[row] = partition - chosen
+    owed = powers * (weight / total) - jnp.where(words == target, weight, 0)
+    triton.store(errors.at[row, words], owed.astype(errors.dtype), mask=there)
+
+
+def _read(row, logits, target):
+    """What words there are, their powers, the sum of these and its logarithm, the target's logit.
+
+    Powers are those of the differences to the largest logit; a target that is no word has logit 0.
+    """
+    count = logits.shape[1]
     words = jnp.arange(pl.next_power_of_2(count))
     there = words < count
     numbers = triton.load(logits.at[row, words], mask=there, other=-jnp.inf)
     most = jnp.max(numbers)
     powers = jnp.exp(numbers - most)
     total = jnp.sum(powers)
-    target, weight = targets[row], weights[row]
     known = (target >= 0) & (target < count)
     chosen = jnp.where(known, logits[row, jnp.where(known, target, 0)], 0)
-    losses[row] = most + jnp.log(total) - chosen
-    owed = powers * (weight / total) - jnp.where(words == target, weight, 0)
-    triton.store(errors.at[row, words], owed.astype(errors.dtype), mask=there)
+    return words, there, powers, total, most + jnp.log(total), chosen
