@@ -143,7 +143,7 @@ def _kernel(
         fetch_start(desk, me, tiles, given["state"], i, [full.at[3 + m] for m in range(4)])
         origins = [full.at[7 + m] for m in range(4)]
         fetch_origins(me, tiles, given["origin"], h, origins)
-        for barrier in range(11):
+        for barrier in (0, *range(3, 11)):
             mosaic.barrier_wait(full.at[barrier])
 
     def lend():
@@ -205,6 +205,8 @@ def _kernel(
 
     begin()
     lesson.settle(n)
+    for barrier in (1, 2):
+        mosaic.barrier_wait(full.at[barrier])
     for place, name in ((KEYS, "key"), (VALUES, "value")):
 
         @pl.when(me == place)
@@ -220,4 +222,4 @@ def _kernel(
     mosaic.copy_smem_to_gmem(tiles("delta", me), out["delta"].at[me, i])
     for m, role in enumerate((note_query, note_delta, unread, note_pull)):
         pl.when(me == m)(role)
-    mosaic.wait_smem_to_gmem(0)
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
