@@ -167,9 +167,10 @@ class Block(nnx.Module):
     ) -> tuple[Activations, BlockMemory]:
         """Returns the residual stream after the block, and what its memories carry on."""
         mixer, continuum = (None, None) if memory is None else memory
-        y, mixer = self.mixer(self.norm(x), mixer, starts)
-        x = constrain(x + y, ("batch", "time", "embed_out"))
-        x, continuum = self.continuum(x, continuum, starts)
+        x, normed = self.norm.beside(x)
+        y, mixer = self.mixer(normed, mixer, starts)
+        y = constrain(y, ("batch", "time", "embed_out"))
+        x, continuum = self.continuum(x, continuum, starts, before=y)
         return x, BlockMemory(mixer, continuum)
 
 

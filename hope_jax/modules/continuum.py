@@ -390,14 +390,13 @@ class Level(nnx.Module):
         """Returns what the level recalls for each token, and what it carries on.
 
         Args:
-          x: The tokens.
+          x: The tokens, normalised.
           memory: What earlier ones left behind.
           starts: Where documents begin.
           values: What should have been said one token before, where that is learned.
           carrier: The slower level that carries what this one's deltas begin with, if any.
         """
         config = self.config
-        x = self.norm(x)
         if self.continuum.variant in LEAKY:
             return leaky_average(self._recall(x), jax.nn.sigmoid(self.leak[...]), memory, starts)
         if config.chunk is None:
@@ -527,25 +526,42 @@ class ContinuumMemory(nnx.Module):
         x: Activations,
         memory: tuple[Any, ...] | None = None,
         starts: Starts | None = None,
+        *,
+        before: Activations | None = None,
     ) -> tuple[Activations, tuple[LevelMemory | Array | None, ...]]:
-        """Adds what the levels recall to `x`; returns also what they carry on."""
+        """Adds what the levels recall to `x`; returns also what they carry on.
+
+        Args:
+          x: The residual stream.
+          memory: What earlier tokens left behind.
+          starts: Where documents begin.
+          before: What is still to be added to `x` before the levels read it; None for nothing.
+        """
         memory = memory or (None,) * len(self.levels)
         chained = self.config.variant in CHAINED
-        inputs, values = self._shared_out(x), [None] * len(self.levels)
+        y, values = before, [None] * len(self.levels)
         if hasattr(self, "view"):
-            values = self._shared_out(dense(self.norm(x), self.view[...], self.learns_by))
+            (x, seen), y = self.norm.beside(x, y), None
+            values = self._shared_out(dense(seen, self.view[...], self.learns_by))
+        if not chained and y is not None:
+            x = x + y
+        inputs = self._shared_out(x)
         recalled, after = [], []
         for level, carrier, part, wanted, carried in zip(
             self.levels, self._carriers(), inputs, values, memory, strict=True
         ):
             if self.config.variant == "flow" and recalled:
                 part = recalled[-1]
-            part = x if chained else part
+            if chained:
+                x, part = level.norm.beside(x, y)
+            else:
+                part = level.norm(part)
             y, carried = level(part, carried, starts, values=wanted, carrier=carrier)
             after.append(carried)
             recalled.append(y)
-            x = x + y if chained else x
-        if not chained:
+        if chained:
+            x = x + y
+        else:
             weights = jax.nn.softmax(self.mixture[...]).astype(x.dtype) * len(self.levels)
             weighted = [w * y for w, y in zip(weights, recalled, strict=True)]
             joined = self.config.variant == "headwise"

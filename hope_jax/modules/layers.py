@@ -1,7 +1,6 @@
 """The small parts that every model is made of: parameters, norms, projections, convolution."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from math import sqrt
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from hope_jax.modules.split import with_halo
 from hope_jax.ops.convolution import mixed_parts
 from hope_jax.ops.linear import linear
+from hope_jax.ops.norm import add_norm, gated_norm, rms_norm
 from hope_jax.shapes import Activations, Starts, Tokens
 from hope_jax.sharding import constrain
 
@@ -83,17 +83,19 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalizes in float32, answers in the dtype of `x`."""
-        return _normalize(x, self.scale[...], self.epsilon)
+        return rms_norm(x, self.scale[...], epsilon=self.epsilon)
 
+    def beside(
+        self, x: Float[Array, "... D"], y: Float[Array, "... D"] | None = None
+    ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
+        """Returns a residual stream, with y added to it if there is one, and its norm."""
+        return add_norm(x, y, self.scale[...], epsilon=self.epsilon)
 
-# The backward pass measures `x` again: kept numbers would cost the forward one a second reading.
-@partial(jax.checkpoint, static_argnums=2)
-def _normalize(
-    x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
-) -> Float[Array, "... D"]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean + epsilon) * scale).astype(x.dtype)
+    def gated(
+        self, y: Float[Array, "... H D"], gate: Float[Array, "... E"]
+    ) -> Float[Array, "... E"]:
+        """Returns the norms of heads, side by side, times the SiLU of a gate."""
+        return gated_norm(y, gate, self.scale[...], epsilon=self.epsilon)
 
 
 class Projections(nnx.Module):
