@@ -39,7 +39,8 @@ def loss(arrays, starts, slope, form):
 def tiles(monkeypatch):
     """Several programs for a level."""
     monkeypatch.setattr(kernels, "COLUMNS", 16)
-    monkeypatch.setattr(kernels, "TILE", 8)
+    monkeypatch.setattr(kernels, "ROWS", 8)
+    monkeypatch.setattr(kernels, "STEP", 8)
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -879,41 +879,35 @@ def _recall_fused(gain, groups: _Group):
 @jax.custom_vjp
 def _read_fused(tokens: kernels.Tokens, slow, size, stay):
     """What a level answers, its deltas after the last chunk, and which moves were finite."""
-    return kernels.answer(tokens, slow, size, stay, interpret=_interpret())
+    return kernels.answer(tokens, slow, size, stay, keep=False, interpret=_interpret())[:3]
 
 
 def _read_fused_forward(tokens, slow, size, stay):
-    answer = kernels.answer(tokens, slow, size, stay, interpret=_interpret())
-    y, state, finite = jax.tree.map(lambda a: checkpoint_name(a, KEPT), answer)
-    return (y, state, finite), (tokens, stay, y, finite)
+    answer = kernels.answer(tokens, slow, size, stay, keep=True, interpret=_interpret())
+    y, state, finite, before = jax.tree.map(lambda a: checkpoint_name(a, KEPT), answer)
+    return (y, state, finite), (tokens, stay, y, finite, before)
 
 
 def _read_fused_backward(kept, cotangents):
-    tokens, stay, y, finite = kept
+    tokens, stay, y, finite, before = kept
     d_y, d_state, _ = cotangents
-    batch, count = stay.shape
-    moved = jnp.repeat(finite, y.shape[1] // count, axis=1)
+    moved = jnp.repeat(finite, y.shape[1] // stay.shape[1], axis=1)
     tokens = tokens._replace(
         write=jnp.where(moved, tokens.write, 0), decay=jnp.where(finite, tokens.decay, stay)
     )
-    before = kernels.states(tokens, y, interpret=_interpret())
-    slopes = kernels.unlearn(tokens, y, before, d_y, d_state, interpret=_interpret())
-
-    def back(array, deltas):
-        array = array.reshape(batch, count, -1, array.shape[-1])
-        return jnp.einsum("BNCO,BNIO->BNCI", array, deltas).reshape(tokens.hidden.shape)
-
-    d_hidden = tokens.read[..., None] * back(slopes.answers, before)
-    d_hidden = d_hidden - back(slopes.weighed, slopes.deltas)
-    d_tokens = kernels.Tokens(
-        hidden=d_hidden.astype(y.dtype),
-        wanted=-slopes.taught,
-        read=jnp.zeros_like(tokens.read),  # ones and zeros
-        write=jnp.where(moved, jnp.sum(slopes.write, 1), 0),
-        decay=jnp.where(finite, jnp.sum(slopes.decay, 1), 0),
+    d_answer, d_taught, d_after = kernels.unlearn(tokens, d_y, d_state, interpret=_interpret())
+    d_hidden, d_write, d_decay = kernels.charge(
+        tokens, y, before, d_answer, d_after, interpret=_interpret()
     )
-    nothing = jnp.zeros((batch, y.shape[1]), stay.dtype)
-    return d_tokens, slopes.answers, nothing, jnp.zeros_like(stay)
+    d_tokens = kernels.Tokens(
+        hidden=d_hidden,
+        wanted=-d_taught,
+        read=jnp.zeros_like(tokens.read),  # ones and zeros
+        write=jnp.where(moved, d_write, 0),
+        decay=jnp.where(finite, d_decay, 0),
+    )
+    nothing = jnp.zeros((len(y), y.shape[1]), stay.dtype)
+    return d_tokens, d_answer, nothing, jnp.zeros_like(stay)
 
 
 _read_fused.defvjp(_read_fused_forward, _read_fused_backward)

@@ -1,9 +1,9 @@
 """Runs a linear level that learns in context through a sequence on a GPU, through Triton.
 
 The columns of its matrix learn apart from each other: forward and backward, one program for each
-row and block of columns goes through all chunks with its deltas in registers. What else the
-backward pass wants of deltas, they are for the products of all chunks at once: written once, in the
-type of the tokens. With fewer programs than multiprocessors the rest of the chip idles.
+row and block of columns goes through all chunks with its deltas, or their gradient, in registers,
+and does there what the next chunk waits for. Both are written once for each chunk, in the type of
+the tokens; the other gradients follow from them, for all chunks side by side.
 """
 
 from functools import partial
@@ -16,11 +16,11 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float
 
 PLATFORM = "gpu"
-COLUMNS = 64
-"""Of the matrix, that a program has where they are sequential."""
-TILE = 128
-"""Rows and columns that a program has of deltas which are already known to move."""
-WARPS = 8
+COLUMNS, WARPS = 64, 8
+"""Of the matrix, that a program has where they are sequential, and its warps."""
+ROWS, STEP, ROW_WARPS = 128, 64, 4
+"""Rows of it that a program has where chunks lie side by side, columns at a time, and its warps."""
+STAGES = 2
 LONGEST = 64
 """Tokens of a chunk that registers hold."""
 SIZES = (16, 32, 64, 128, 256)
@@ -45,26 +45,6 @@ class Tokens(NamedTuple):
     decay: Float[Array, "B N"]
 
 
-class Slopes(NamedTuple):
-    """Gradients, in the type of the tokens, and float32 where a block of columns has its own share.
-
-    Attributes:
-      answers: Of the answers before any of them were taught.
-      taught: Of what is taught, `answer - wanted`; a part of the former.
-      weighed: What is taught, times its share; no gradient.
-      write: Of the shares in moves.
-      decay: Of the decays.
-      deltas: Of the deltas after each chunk.
-    """
-
-    answers: Float[Array, "B T O"]
-    taught: Float[Array, "B T O"]
-    weighed: Float[Array, "B T O"]
-    write: Float[Array, "B P T"]
-    decay: Float[Array, "B P N"]
-    deltas: Float[Array, "B N I O"]
-
-
 def refusal(chunk: int, time: int, inputs: int, outputs: int) -> str | None:
     """Says why the kernels do not take a call, or None if they do.
 
@@ -78,10 +58,10 @@ def refusal(chunk: int, time: int, inputs: int, outputs: int) -> str | None:
         return f"the kernels take two chunks or more, got {time} tokens"
     if not 16 <= chunk <= LONGEST or chunk & (chunk - 1):
         return f"the kernels take chunks of a power of two from 16 to {LONGEST}, got {chunk}"
-    if inputs not in SIZES or (outputs % TILE and outputs not in SIZES):
+    if inputs not in SIZES or (outputs % LONGEST and outputs not in SIZES):
         return (
             f"the kernels take {', '.join(map(str, SIZES))} inputs and as many outputs or a "
-            f"multiple of {TILE}, got {inputs} and {outputs}"
+            f"multiple of {LONGEST}, got {inputs} and {outputs}"
         )
     return None
 
@@ -92,8 +72,11 @@ def answer(
     size: Float[Array, "B T"],
     stay: Float[Array, "B N"],
     *,
+    keep: bool,
     interpret: bool,
-) -> tuple[Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"]]:
+) -> tuple[
+    Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"], Float[Array, "B N I O"] | None
+]:
     """Reads tokens with deltas that move after every chunk, from zero.
 
     Equivalent to, for each chunk:
@@ -106,10 +89,12 @@ def answer(
       slow: What the slow weights answer.
       size: No less than any number of a token in `write h^T`.
       stay: What the deltas keep at a move that is left out because it is not finite.
+      keep: Whether to return what the deltas were as chunks began.
       interpret: Whether to interpret the kernel instead of compiling it.
 
     Returns:
-      The answers; the deltas after the last chunk; whether moves were finite in all columns.
+      The answers; the deltas after the last chunk; whether moves were finite in all columns; the
+      deltas as chunks began, in the type of the tokens, or None.
     """
     (batch, time, inputs), outputs, count = tokens.hidden.shape, slow.shape[-1], stay.shape[1]
     width = min(COLUMNS, outputs)
@@ -120,160 +105,180 @@ def answer(
         jax.ShapeDtypeStruct((batch, inputs, outputs), wide),
         jax.ShapeDtypeStruct((batch, grid[0], count), jnp.int32),
     )
-    y, deltas, finite = pl.pallas_call(
+    places = _columns(out[0], width), _columns(out[1], width), _block(out[2])
+    if keep:
+        out = *out, jax.ShapeDtypeStruct((batch, count, inputs, outputs), slow.dtype)
+        places = *places, _deltas(out[3], width)
+    y, deltas, finite, *before = pl.pallas_call(
         partial(_answer_kernel, time // count),
         out_shape=out,
         grid=grid,
         in_specs=[_tokens(tokens, width), _columns(slow, width), _row(size), _row(stay)],
-        out_specs=(_columns(out[0], width), _columns(out[1], width), _block(out[2])),
+        out_specs=places,
         name="continuum_answer",
-        **_how(interpret),
+        **_how(WARPS, interpret),
     )(tokens, slow, size, stay)
-    return y, deltas, jnp.all(finite > 0, 1)
-
-
-def states(tokens: Tokens, y: Float[Array, "B T O"], *, interpret: bool) -> Float[Array, "B N I O"]:
-    """Follows the deltas again, given the answers.
-
-    Args:
-      tokens: What was read.
-      y: The answers.
-      interpret: As for `answer`.
-
-    Returns:
-      What the deltas were as chunks began, in the type of the tokens.
-    """
-    (batch, time, inputs), outputs, count = tokens.hidden.shape, y.shape[-1], tokens.decay.shape[1]
-    high, width = min(TILE, inputs), min(TILE, outputs)
-    out = jax.ShapeDtypeStruct((batch, count, inputs, outputs), y.dtype)
-
-    part = pl.BlockSpec((None, time, width), lambda o, _i, b: (b, 0, o))
-    specs = Tokens(
-        pl.BlockSpec((None, time, high), lambda _o, i, b: (b, 0, i)),
-        part,
-        *(
-            pl.BlockSpec((None, array.shape[1]), lambda _o, _i, b: (b, 0))
-            for array in (tokens.read, tokens.write, tokens.decay)
-        ),
-    )
-    return pl.pallas_call(
-        partial(_states_kernel, time // count),
-        out_shape=out,
-        grid=(outputs // width, inputs // high, batch),
-        in_specs=[specs, part],
-        out_specs=pl.BlockSpec((None, count, high, width), lambda o, i, b: (b, 0, i, o)),
-        name="continuum_states",
-        **_how(interpret),
-    )(tokens, y)
+    return y, deltas, jnp.all(finite > 0, 1), before[0] if keep else None
 
 
 def unlearn(
     tokens: Tokens,
-    y: Float[Array, "B T O"],
-    before: Float[Array, "B N I O"],
     d_y: Float[Array, "B T O"],
     d_deltas: Float[Array, "B I O"],
     *,
     interpret: bool,
-) -> Slopes:
-    """Hands gradients back through the chunks.
+) -> tuple[Float[Array, "B T O"], Float[Array, "B T O"], Float[Array, "B N I O"]]:
+    """Hands the gradient of the deltas back from chunk to chunk.
+
+    Args:
+      tokens: What was read; not what was wanted.
+      d_y: The gradient of the answers.
+      d_deltas: That of the deltas after the last chunk.
+      interpret: As for `answer`.
+
+    Returns:
+      Gradients in the type of the tokens: of the answers before any of them were taught; of what is
+      taught, `answer - wanted`, a part of the former; of the deltas after each chunk.
+    """
+    (batch, time, outputs), (inputs, count) = d_y.shape, (d_deltas.shape[1], tokens.decay.shape[1])
+    width = min(COLUMNS, outputs)
+    like = jax.ShapeDtypeStruct(d_y.shape, d_y.dtype)
+    deltas = jax.ShapeDtypeStruct((batch, count, inputs, outputs), d_y.dtype)
+    token = _columns(like, width)
+    return pl.pallas_call(
+        partial(_unlearn_kernel, time // count),
+        out_shape=(like, like, deltas),
+        grid=(outputs // width, batch),
+        in_specs=[_tokens(tokens, width), token, _columns(d_deltas, width)],
+        out_specs=(token, token, _deltas(deltas, width)),
+        name="continuum_unlearn",
+        **_how(WARPS, interpret),
+    )(tokens, d_y, d_deltas)
+
+
+def charge(
+    tokens: Tokens,
+    y: Float[Array, "B T O"],
+    before: Float[Array, "B N I O"],
+    d_answer: Float[Array, "B T O"],
+    d_after: Float[Array, "B N I O"],
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "B T I"], Float[Array, "B T"], Float[Array, "B N"]]:
+    """Finds the gradients of inputs, of shares in moves and of decays.
 
     Args:
       tokens: What was read.
       y: The answers.
       before: The deltas as chunks began.
-      d_y: The gradient of the answers.
-      d_deltas: That of the deltas after the last chunk.
+      d_answer: The gradient of the answers before any of them were taught.
+      d_after: That of the deltas after each chunk.
       interpret: As for `answer`.
     """
     batch, count, inputs, outputs = before.shape
-    time, width = y.shape[1], min(COLUMNS, outputs)
-    grid = outputs // width, batch
-    like = jax.ShapeDtypeStruct(y.shape, y.dtype)
-    out = Slopes(
-        *(like, like, like),
-        jax.ShapeDtypeStruct((batch, grid[0], time), d_deltas.dtype),
-        jax.ShapeDtypeStruct((batch, grid[0], count), d_deltas.dtype),
-        jax.ShapeDtypeStruct(before.shape, before.dtype),
+    chunk, high = y.shape[1] // count, min(ROWS, inputs)
+    grid = inputs // high, count, batch
+    wide = tokens.write.dtype
+
+    def token(array, *, tiled=False):
+        shape = None, chunk, high if tiled else array.shape[-1]
+        return pl.BlockSpec(shape, lambda i, n, b: (b, n, i if tiled else 0))
+
+    def row(array):
+        return pl.BlockSpec((None, array.shape[1]), lambda _i, _n, b: (b, 0))
+
+    deltas = pl.BlockSpec((None, None, high, outputs), lambda i, n, b: (b, n, i, 0))
+    specs = Tokens(
+        token(tokens.hidden, tiled=True), token(y), *(row(array) for array in tokens[2:])
     )
-    many = pl.BlockSpec((None, count, inputs, width), lambda o, b: (b, 0, 0, o))
-    token = _columns(like, width)
-    return pl.pallas_call(
-        partial(_unlearn_kernel, time // count),
+    out = (
+        jax.ShapeDtypeStruct(tokens.hidden.shape, y.dtype),
+        jax.ShapeDtypeStruct((batch, grid[0], y.shape[1]), wide),
+        jax.ShapeDtypeStruct((batch, grid[0], count), wide),
+    )
+    own = pl.BlockSpec((None, None, chunk), lambda i, n, b: (b, i, n))
+    one = pl.BlockSpec((None, None, count), lambda i, _n, b: (b, i, 0))
+    hidden, write, decay = pl.pallas_call(
+        _charge_kernel,
         out_shape=out,
         grid=grid,
-        in_specs=[_tokens(tokens, width), token, many, token, _columns(d_deltas, width)],
-        out_specs=Slopes(token, token, token, _block(out.write), _block(out.decay), many),
-        name="continuum_unlearn",
-        **_how(interpret),
-    )(tokens, y, before, d_y, d_deltas)
+        in_specs=[specs, token(y), deltas, token(d_answer), deltas],
+        out_specs=(token(tokens.hidden, tiled=True), own, one),
+        name="continuum_charge",
+        **_how(ROW_WARPS, interpret),
+    )(tokens, y, before, d_answer, d_after)
+    return hidden, jnp.sum(write, 1), jnp.sum(decay, 1)
 
 
-def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite):
+def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite, *before):
     def step(n, state):
         rows = pl.ds(n * chunk, chunk)
         hidden = tokens.hidden[rows, :]
-        fast = _dot(hidden, state.astype(hidden.dtype), state.dtype)
+        kept = state.astype(hidden.dtype)
+        for place in before:
+            place[n] = kept
+        fast = _dot(hidden, kept, state.dtype)
         told = (slow[rows, :] + tokens.read[rows][:, None] * fast).astype(y.dtype)
         y[rows, :] = told
-        taught = _taught_by(tokens, rows, told)
+        taught = _taught_by(tokens, rows, told, tokens.wanted[rows, :])
         largest = jnp.sum(jnp.abs(taught), 1) * size[rows]
         moves = jnp.sum(largest) + jnp.abs(tokens.decay[n]) < jnp.inf
         finite[n] = moves.astype(jnp.int32)
-        move = _dot(hidden.T, _weighed_of(tokens, rows, taught), state.dtype)
-        kept = jnp.where(stay[n] > 0, state, 0)
-        return jnp.where(moves, tokens.decay[n] * state - move, kept)
+        weighed = (tokens.write[rows][:, None] * taught).astype(hidden.dtype)
+        move = _dot(hidden.T, weighed, state.dtype)
+        still = jnp.where(stay[n] > 0, state, 0)
+        return jnp.where(moves, tokens.decay[n] * state - move, still)
 
     deltas[...] = jax.lax.fori_loop(0, finite.shape[0], step, jnp.zeros(deltas.shape, deltas.dtype))
 
 
-def _states_kernel(chunk, tokens, y, before):
-    wide = jnp.promote_types(y.dtype, jnp.float32)
-
-    def step(n, state):
-        before[n] = state.astype(before.dtype)
-        rows = pl.ds(n * chunk, chunk)
-        weighed = _weighed_of(tokens, rows, _taught_by(tokens, rows, y[rows, :]))
-        return tokens.decay[n] * state - _dot(tokens.hidden[rows, :].T, weighed, wide)
-
-    jax.lax.fori_loop(0, before.shape[0], step, jnp.zeros(before.shape[1:], wide))
-
-
-def _unlearn_kernel(chunk, tokens, y, before, d_y, d_deltas, *slopes):
-    slopes, count = Slopes(*slopes), before.shape[0]
+def _unlearn_kernel(chunk, tokens, d_y, d_deltas, d_answer, d_taught, d_after):
+    count = d_after.shape[0]
 
     def step(done, d_state):
         n = count - 1 - done
         rows = pl.ds(n * chunk, chunk)
         hidden, wide = tokens.hidden[rows, :], d_state.dtype
-        d_after = d_state.astype(hidden.dtype)
-        slopes.deltas[n] = d_after
-        slopes.decay[n] = jnp.sum(d_state * before[n])
-        d_weighed = -_dot(hidden, d_after, wide)
-        taught = _taught_by(tokens, rows, y[rows, :])
-        slopes.weighed[rows, :] = _weighed_of(tokens, rows, taught)
-        slopes.write[rows] = jnp.sum(taught * d_weighed, 1)
-        d_taught = tokens.write[rows][:, None] * d_weighed
-        slopes.taught[rows, :] = d_taught.astype(slopes.taught.dtype)
-        d_answer = (d_y[rows, :] + d_taught).astype(hidden.dtype)
-        slopes.answers[rows, :] = d_answer
-        d_read = (tokens.read[rows][:, None] * d_answer).astype(hidden.dtype)
+        kept = d_state.astype(hidden.dtype)
+        d_after[n] = kept
+        asked = -tokens.write[rows][:, None] * _dot(hidden, kept, wide)
+        d_taught[rows, :] = asked.astype(d_taught.dtype)
+        asked = (d_y[rows, :] + asked).astype(hidden.dtype)
+        d_answer[rows, :] = asked
+        d_read = (tokens.read[rows][:, None] * asked).astype(hidden.dtype)
         return tokens.decay[n] * d_state + _dot(hidden.T, d_read, wide)
 
     jax.lax.fori_loop(0, count, step, d_deltas[...])
 
 
-def _taught_by(tokens: Any, rows: Any, told: Any) -> Any:
-    """By how much answers are wrong, in a kernel; zero where nothing is learned from it."""
+def _charge_kernel(tokens, y, before, d_answer, d_after, d_hidden, d_write, d_decay):
+    n, chunk = pl.program_id(1), y.shape[0]
+    rows = pl.ds(n * chunk, chunk)
+    size, wide = min(STEP, y.shape[1]), d_write.dtype
+
+    def step(k, sums):
+        seen, learned, kept = sums
+        part = pl.ds(k * size, size)
+        old, new = before[:, part], d_after[:, part]
+        taught = _taught_by(tokens, rows, y[:, part], tokens.wanted[:, part]).astype(old.dtype)
+        seen = seen + _dot(d_answer[:, part], old.T, wide)
+        learned = learned + _dot(taught, new.T, wide)
+        return seen, learned, kept + jnp.sum(old.astype(wide) * new.astype(wide), 1)
+
+    zero = jnp.zeros(d_hidden.shape, wide)
+    sums = zero, zero, jnp.zeros(before.shape[0], wide)
+    seen, learned, kept = jax.lax.fori_loop(0, y.shape[1] // size, step, sums)
+    told = tokens.read[rows][:, None] * seen - tokens.write[rows][:, None] * learned
+    d_hidden[...] = told.astype(d_hidden.dtype)
+    d_write[...] = -jnp.sum(tokens.hidden[...].astype(wide) * learned, 1)
+    d_decay[n] = jnp.sum(kept)
+
+
+def _taught_by(tokens: Any, rows: Any, told: Any, wanted: Any) -> Any:
+    """By how much answers are wrong; zero where nothing is learned from it."""
     wide = tokens.write.dtype
-    error = told.astype(wide) - tokens.wanted[rows, :].astype(wide)
-    error = error.astype(told.dtype).astype(wide)
+    error = (told.astype(wide) - wanted.astype(wide)).astype(told.dtype).astype(wide)
     return jnp.where(tokens.write[rows][:, None] != 0, error, 0)
-
-
-def _weighed_of(tokens: Any, rows: Any, taught: Any) -> Any:
-    """What is taught, times its share in the move."""
-    return (tokens.write[rows][:, None] * taught).astype(tokens.wanted.dtype)
 
 
 def _dot(a: Any, b: Any, wide: Any) -> Any:
@@ -305,6 +310,10 @@ def _block(array):
     return pl.BlockSpec((None, None, array.shape[2]), lambda o, b: (b, o, 0))
 
 
-def _how(interpret):
-    params = triton.CompilerParams(num_warps=WARPS, num_stages=2)
+def _deltas(array, width):
+    return pl.BlockSpec((None, *array.shape[1:3], width), lambda o, b: (b, 0, 0, o))
+
+
+def _how(warps, interpret):
+    params = triton.CompilerParams(num_warps=warps, num_stages=STAGES)
     return {"compiler_params": params, "interpret": interpret}
