@@ -645,8 +645,9 @@ def _next(group: _Group, state, taught):
     largest = jnp.sum(jnp.abs(taught.astype(state[0].dtype)), -1)
     bound = jnp.sum(group.tables.size * largest, -1) + jnp.sum(group.tables.decay, (1, 2))
     finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
-    moves = _moves(group.hidden, group.tables.write, taught)
-    new = [kept - move for kept, move in zip(_mix(group.tables.decay, state), moves, strict=True)]
+    # The sign is that of shares, not of products: one of these would be read and written for it.
+    moves = _moves(group.hidden, -group.tables.write, taught)
+    new = [kept + move for kept, move in zip(_mix(group.tables.decay, state), moves, strict=True)]
     return tuple(
         jnp.where(_rows(finite, a), a, jnp.where(_rows(group.tables.stay, b), b, 0))
         for a, b in zip(new, state, strict=True)
@@ -794,18 +795,18 @@ def _recall_backward(gain, kept, cotangents):
     def move(index, d_state):
         group, moved, told = _group_at(groups, index), _at(finite, index), taught(index)
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
-        d_move = [-d.astype(dtype) for d in d_new]
+        d_move = [d.astype(dtype) for d in d_new]
         d_weighed = [_product_with(d, group.hidden) for d in d_move]
-        d_taught = _weighted_sum(group.tables.write, d_weighed)
+        d_taught = _weighted_sum(-group.tables.write, d_weighed)
         d_written = [jnp.einsum("BSO,BIO->BSI", told, d) for d in d_move]
-        d_hidden = _weighted_sum(group.tables.write, d_written)
+        d_hidden = _weighted_sum(-group.tables.write, d_written)
         before = _at(states, jnp.maximum(index - 1, 0))
         d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
         d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
         older = _mix(jnp.swapaxes(group.tables.decay, 1, 2), d_new)
         still = [jnp.where(_rows(~moved & group.tables.stay, d), d, 0) for d in d_state]
         d_state = tuple(a + b for a, b in zip(older, still, strict=True))
-        return d_state, d_taught, d_hidden, overlaps(told, d_weighed), d_decay
+        return d_state, d_taught, d_hidden, -overlaps(told, d_weighed), d_decay
 
     def step(carry, _):
         index, d_state = carry
@@ -978,11 +979,24 @@ def _lower(chunk: int, later, x, step, document) -> Float[Array, "B R R"]:
     shares = jnp.where(between >= 0, later[jnp.maximum(between, 0)], 0)
     shares = jnp.repeat(jnp.repeat(shares, chunk, 0), chunk, 1)
     rows, columns = slice(chunk, None), slice(None, -chunk)
-    overlap = jnp.einsum(
-        "BSI,BDI->BSD", x[:, rows], x[:, columns], preferred_element_type=step.dtype
-    )
-    lower = shares * overlap * step[:, None, columns]
+    lower = shares * _overlap(x[:, rows], x[:, columns]) * step[:, None, columns]
     return jnp.where(document[:, rows, None] == document[:, None, columns], lower, 0)
+
+
+@jax.custom_vjp
+def _overlap(rows: Float[Array, "B R I"], columns: Float[Array, "B R I"]) -> Float[Array, "B R R"]:
+    """Products of tokens, in a wide type; the backward pass multiplies in theirs."""
+    return jnp.einsum("BSI,BDI->BSD", rows, columns, preferred_element_type=_wide(rows.dtype))
+
+
+def _overlap_backward(kept, slope):
+    rows, columns = kept
+    slope = slope.astype(rows.dtype)
+    d_rows = jnp.einsum("BSD,BDI->BSI", slope, columns)
+    return d_rows, jnp.einsum("BSD,BSI->BDI", slope, rows)
+
+
+_overlap.defvjp(lambda *tokens: (_overlap(*tokens), tokens), _overlap_backward)
 
 
 def _mixed(mixing: Float[Array, "B R R"], array: Float[Array, "B S N"]):
