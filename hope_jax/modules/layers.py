@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from hope_jax.modules.split import with_halo
 from hope_jax.ops.convolution import mixed_parts
 from hope_jax.ops.linear import linear
-from hope_jax.ops.norm import add_norm, gated_norm, rms_norm
+from hope_jax.ops.norm import add_norm, rms_norm
 from hope_jax.shapes import Activations, Starts, Tokens
 from hope_jax.sharding import constrain
 
@@ -90,12 +90,6 @@ class RMSNorm(nnx.Module):
     ) -> tuple[Float[Array, "... D"], Float[Array, "... D"]]:
         """Returns a residual stream, with y added to it if there is one, and its norm."""
         return add_norm(x, y, self.scale[...], epsilon=self.epsilon)
-
-    def gated(
-        self, y: Float[Array, "... H D"], gate: Float[Array, "... E"]
-    ) -> Float[Array, "... E"]:
-        """Returns the norms of heads, side by side, times the SiLU of a gate."""
-        return gated_norm(y, gate, self.scale[...], epsilon=self.epsilon)
 
 
 class Projections(nnx.Module):

@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 from hope_jax.ops.dispatch import Form, launch_refusal, pick, platform
 from hope_jax.ops.pallas import norm as kernels
 
+FEWEST = 4096
+"""Rows that are worth a launch of their own: XLA puts the norms of few into its other launches."""
+
 
 def rms_norm(
     x: Float[Array, "... D"], scale: Float[Array, " D"], *, epsilon: float
@@ -46,10 +49,10 @@ def add_norm(
       y: What is added to it; None for nothing, so that the first answer is x.
       scale: As for `rms_norm`.
       epsilon: As there.
-      form: "auto", "pallas_triton" or "xla".
+      form: "auto", "pallas_triton" or "xla", which "auto" takes for fewer than `FEWEST` rows.
     """
     call = (x, y, scale, epsilon)
-    return pick(ADD_NORM, form, *call)(*call)
+    return pick(ADD_NORM, _chosen(form, x), *call)(*call)
 
 
 def gated_norm(
@@ -58,6 +61,7 @@ def gated_norm(
     scale: Float[Array, " D"],
     *,
     epsilon: float,
+    whole: Float[Array, "... P E"] | None = None,
     form: str = "auto",
 ) -> Float[Array, "... E"]:
     """Returns `rms_norm(y) * silu(gate)`, with the heads of y side by side.
@@ -67,10 +71,12 @@ def gated_norm(
       gate: Before its SiLU; E = H D.
       scale: As for `rms_norm`, of every head.
       epsilon: As there.
-      form: "auto", "pallas_triton" or "xla".
+      whole: What the gate is the last part of, if it is: a kernel reads it there, and nobody needs
+        to copy it. It gets no gradient: that is the gate's.
+      form: As for `add_norm`.
     """
-    call = (y, gate, scale, epsilon)
-    return pick(GATED_NORM, form, *call)(*call)
+    call = (y, gate, scale, epsilon, whole)
+    return pick(GATED_NORM, _chosen(form, y), *call)(*call)
 
 
 # The backward pass measures `x` again: kept numbers would cost the forward one a second reading.
@@ -92,28 +98,32 @@ def _fused_add_norm(x, y, scale, epsilon):
     return total.reshape(x.shape), normed.reshape(x.shape)
 
 
-def _gated_norm(y, gate, scale, epsilon):
+def _gated_norm(y, gate, scale, epsilon, whole):
+    del whole
     return _normalize(y, scale, epsilon).reshape(gate.shape) * jax.nn.silu(gate)
 
 
-def _fused_gated_norm(y, gate, scale, epsilon):
-    out = _gated(_in_rows(y, scale), _in_rows(gate, scale), scale, epsilon)
-    return out.reshape(gate.shape)
+def _fused_gated_norm(y, gate, scale, epsilon, whole):
+    whole = gate[..., None, :] if whole is None else whole
+    return _gated(y, gate, scale, whole, epsilon)
 
 
 def _in_rows(x, scale):
     return x.reshape(-1, scale.shape[0])
 
 
-def _refuses(x, other, scale, epsilon):
-    del epsilon
+def _refuses(x, other, scale, *others):
+    del others
     reason = launch_refusal()
     if reason is not None:
         return reason
     if other is not None and other.dtype != x.dtype:
         return f"the kernels take arrays of one dtype, got {x.dtype} and {other.dtype}"
-    features = scale.shape[0]
-    return kernels.refusal(x.size // features, features, x.dtype)
+    return kernels.refusal(scale.shape[0], x.dtype)
+
+
+def _chosen(form, x):
+    return "xla" if form == "auto" and x.size // x.shape[-1] < FEWEST else form
 
 
 ADD_NORM = {
@@ -146,18 +156,28 @@ def _added_backward(epsilon, residuals, slopes):
 _added.defvjp(_added_forward, _added_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gated(y, gate, scale, epsilon):
-    return kernels.gated_norm(y, gate, scale, epsilon, interpret=platform() != "gpu")
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gated(y, gate, scale, whole, epsilon):
+    rows, parts = _in_rows(y, scale), whole.reshape(-1, *whole.shape[-2:])
+    out = kernels.gated_norm(rows, parts, scale, epsilon, interpret=platform() != "gpu")
+    return out.reshape(gate.shape)
 
 
-def _gated_forward(y, gate, scale, epsilon):
-    return _gated(y, gate, scale, epsilon), (y, gate, scale)
+def _gated_forward(y, gate, scale, whole, epsilon):
+    return _gated(y, gate, scale, whole, epsilon), (y, scale, whole)
 
 
 def _gated_backward(epsilon, residuals, slope):
-    interpret = platform() != "gpu"
-    return kernels.gated_norm_backward(*residuals, slope, epsilon, interpret=interpret)
+    y, scale, whole = residuals
+    to_y, to_gate, to_scale = kernels.gated_norm_backward(
+        _in_rows(y, scale),
+        whole.reshape(-1, *whole.shape[-2:]),
+        scale,
+        _in_rows(slope, scale),
+        epsilon,
+        interpret=platform() != "gpu",
+    )
+    return to_y.reshape(y.shape), to_gate.reshape(slope.shape), to_scale, None
 
 
 _gated.defvjp(_gated_forward, _gated_backward)

@@ -20,15 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-FEWEST = 256
-"""Rows that are worth a launch."""
-
 BLOCK, BLOCKS = 2048, 16
 """Numbers of an array that a program has at once, where a row has no more, and how often."""
 
 
-def refusal(rows: int, features: int, dtype: jnp.dtype) -> str | None:
-    """Says why the kernels do not take so many rows of such numbers, or None if they do."""
+def refusal(features: int, dtype: jnp.dtype) -> str | None:
+    """Says why the kernels do not take such rows, or None if they do."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"the kernels take bfloat16 and float32, got {dtype}"
     odd = features % 128 and features & (features - 1)
@@ -37,8 +34,6 @@ def refusal(rows: int, features: int, dtype: jnp.dtype) -> str | None:
             "the kernels take 64 to 4096 features, a power of two or a multiple of 128, "
             f"got {features}"
         )
-    if rows < FEWEST:
-        return f"the kernels take at least {FEWEST} rows, got {rows}"
     return None
 
 
@@ -110,7 +105,7 @@ def _add_norm_backward_kernel(epsilon, total, to_total, to_normed, scale, slope,
 
 def gated_norm(
     y: Float[Array, "N D"],
-    gate: Float[Array, "N D"],
+    gate: Float[Array, "T P E"],
     scale: Float[Array, " D"],
     epsilon: float,
     *,
@@ -119,8 +114,8 @@ def gated_norm(
     """Normalizes rows and multiplies them by the SiLU of a gate.
 
     Args:
-      y: The rows.
-      gate: Before its SiLU.
+      y: The rows, E / D for each token.
+      gate: Before its SiLU; the last of the parts, the others are not read.
       scale: As for `add_norm`.
       epsilon: As for `add_norm`.
       interpret: As for `add_norm`.
@@ -131,21 +126,30 @@ def gated_norm(
 
 def _gated_norm_kernel(epsilon, y, gate, scale, out):
     place = _place(y, pl.program_id(0))
-    x, z = _read(y, place), _read(gate, place)
+    x, z = _read(y, place), _read_last(gate, y, place)
     normed = x * _inverse(x, epsilon, y.shape[1]) * _vector(scale, place)
     _write(out, place, normed * z * jax.nn.sigmoid(z))
 
 
 def gated_norm_backward(
     y: Float[Array, "N D"],
-    gate: Float[Array, "N D"],
+    gate: Float[Array, "T P E"],
     scale: Float[Array, " D"],
     slope: Float[Array, "N D"],
     epsilon: float,
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "N D"], Float[Array, "N D"], Float[Array, " D"]]:
-    """Returns the gradients of y, gate and scale; takes what `gated_norm` does, and its slope."""
+    """Returns the gradients of y, the last part of gate and scale.
+
+    Args:
+      y: As for `gated_norm`.
+      gate: As there.
+      scale: As there.
+      slope: The gradient of the answer.
+      epsilon: As there.
+      interpret: As there.
+    """
     kernel = partial(_gated_norm_backward_kernel, epsilon)
     call = _backward(kernel, "gated_norm_backward", 2, y, interpret)
     to_y, to_gate, owed = call(y, gate, slope, scale)
@@ -154,7 +158,7 @@ def gated_norm_backward(
 
 def _gated_norm_backward_kernel(epsilon, y, gate, slope, scale, to_y, to_gate, owed):
     def block(place):
-        x, z, push = (_read(ref, place) for ref in (y, gate, slope))
+        x, z, push = _read(y, place), _read_last(gate, y, place), _read(slope, place)
         weight, share = _vector(scale, place), jax.nn.sigmoid(z)
         to_normed = push * z * share
         back, unit = _unscale(x, to_normed * weight, epsilon, y.shape[1])
@@ -202,6 +206,16 @@ def _place(like, number):
 def _read(ref, place):
     row, column, there = place
     return triton.load(ref.at[row, column], mask=there, other=0).astype(jnp.float32)
+
+
+def _read_last(ref, like, place):
+    """Of the last part of each token; its features are those of several rows."""
+    row, column, there = place
+    _, parts, features = ref.shape
+    width = like.shape[1]
+    rows = features // width
+    where = ref.at[row // rows, parts - 1, row % rows * width + column]
+    return triton.load(where, mask=there, other=0).astype(jnp.float32)
 
 
 def _write(ref, place, value):
