@@ -14,7 +14,6 @@ from hope_jax.modules.frame import head_width
 from hope_jax.modules.layers import Output, Projections, join_heads, split_heads
 from hope_jax.modules.split import for_attention
 from hope_jax.ops.attention import AttentionMemory, Frequencies, empty_memory, sliding_attention
-from hope_jax.ops.linear import apart
 from hope_jax.shapes import Activations, Starts
 
 
@@ -158,7 +157,7 @@ class Attention(nnx.Module):
         groups = config.groups or config.heads
         scaling = config.rotary_scaling
         q = split_heads(self.query(x)[:, :, 0], config.heads)
-        k, v = apart(self.key_value(x), 2)
+        k, v = jnp.moveaxis(self.key_value(x), 2, 0)
         q, k, v = for_attention(q, split_heads(k, groups), split_heads(v, groups))
         y, memory = sliding_attention(
             q,

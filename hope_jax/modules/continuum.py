@@ -21,8 +21,8 @@ from hope_jax.ops.continuum import (
     fresh_level,
     held_level,
 )
+from hope_jax.ops.gated import hidden_units
 from hope_jax.ops.leaky import leaky_average
-from hope_jax.ops.linear import apart
 from hope_jax.shapes import Activations, Starts
 from hope_jax.sharding import constrain
 
@@ -440,10 +440,7 @@ class Level(nnx.Module):
         activation = ACTIVATIONS[self.config.activation]
         hidden = dense(x, self.up[...], self.learns_by)
         hidden = constrain(hidden, ("batch", "time", None, "mlp"))
-        first, *factor = apart(hidden, 2)
-        active = activation(first)
-        if factor:
-            active = active * factor[0]
+        active = hidden_units(hidden, activation)
         for layer in self.middle[...] if self.config.depth > 1 else ():
             active = activation(dense(active, layer, self.learns_by))
         return active

@@ -14,9 +14,9 @@ from hope_jax.modules.layers import (
     Output,
     Projections,
     RMSNorm,
-    join_heads,
     split_heads,
 )
+from hope_jax.ops.norm import gated_norm
 from hope_jax.shapes import Activations, Starts
 
 
@@ -84,4 +84,5 @@ class Frame(nnx.Module):
 
     def back(self, y: Float[Array, "B T H K"], gate: Float[Array, "B T E"]) -> Activations:
         """Returns what the heads read, at the model's width."""
-        return self.out(join_heads(self.norm(y)) * jax.nn.silu(gate))
+        norm = self.norm
+        return self.out(gated_norm(y, gate, norm.scale[...], epsilon=norm.epsilon))

@@ -26,11 +26,13 @@ def mixed_parts(
       kernel: As for `causal_convolution`, of each part.
       memory: As there.
       starts: As there.
-      form: "auto", "pallas_triton" or "shifted".
+      form: "auto", "pallas_triton" or "shifted", which "auto" takes for a single token.
 
     Returns:
       Each part, and the memory to go on with.
     """
+    if form == "auto" and x.shape[1] == 1:
+        form = "shifted"
     call = (x, kernel, memory, starts)
     return pick(FORMS, form, *call)(*call)
 
