@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from hope_jax.ops.likelihood import next_token_loss, weighted_loss
 
@@ -216,6 +216,16 @@ def test_the_kernel_runs_where_every_device_has_words_of_all_kinds():
     expected = jax.grad(weighted_loss, (0, 1))(*call)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_a_gpu_takes_the_kernel():
+    described = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.value_and_grad(weighted_loss)).trace(*random_call(words=1000))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "likelihood_errors" in text
 
 
 def test_the_kernel_says_what_it_does_not_take():

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from hope_jax.ops.norm import add_norm, gated_norm, rms_norm
+from hope_jax.ops.norm import FEWEST, add_norm, gated_norm, rms_norm
 
 KERNEL, EPSILON = "pallas_triton", 1e-3
 
@@ -116,6 +117,22 @@ def test_kernels_keep_what_a_loop_over_models_gives_them_apart():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("op", [sum_and_norm, gated_by_a_part])
+@pytest.mark.parametrize("rows", [FEWEST - 2, FEWEST])
+def test_a_gpu_takes_kernels_for_many_rows(op, rows):
+    described = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
+    x = jax.ShapeDtypeStruct((1, rows, 64), jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct((64,), jnp.float32)
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = jax.jit(lambda *call: values_and_gradients(op, *call, "auto"))
+        traced = run.trace(x, x, (x, x), scale)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    name = "add_norm" if op is sum_and_norm else "gated_norm"
+    assert (f'"{name}_backward"' in text) == (rows == FEWEST)
+
+
 @pytest.mark.parametrize(
     ("rows", "width", "dtype", "said"),
     [
@@ -136,6 +153,6 @@ def test_kernels_take_one_dtype_on_one_device():
     (x, y, *_), scale = random_call(8, 64)
     with pytest.raises(ValueError, match="arrays of one dtype, got bfloat16 and float32"):
         sum_and_norm(x.astype(jnp.bfloat16), y, scale, KERNEL)
-    mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="not split over devices"):
         sum_and_norm(x, y, scale, KERNEL)
