@@ -157,7 +157,8 @@ class Attention(nnx.Module):
         groups = config.groups or config.heads
         scaling = config.rotary_scaling
         q = split_heads(self.query(x)[:, :, 0], config.heads)
-        k, v = jnp.moveaxis(self.key_value(x), 2, 0)
+        both = self.key_value(x)
+        k, v = both[:, :, 0], both[:, :, 1]
         q, k, v = for_attention(q, split_heads(k, groups), split_heads(v, groups))
         y, memory = sliding_attention(
             q,

@@ -1,6 +1,7 @@
 """The frame around every matrix memory: projections in, short convolution, gated norm out."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,13 @@ def head_width(width: int, heads: int, wanted: int | None) -> int:
     return wanted or width // heads
 
 
+class Gate(NamedTuple):
+    """The output gate before its SiLU, and the projections of which it is the last."""
+
+    gate: Float[Array, "B T E"]
+    projected: Float[Array, "B T N E"]
+
+
 class Frame(nnx.Module):
     """Turns a sequence into per-head inputs and gates, and what was read back into a sequence.
 
@@ -74,15 +82,17 @@ class Frame(nnx.Module):
 
     def into(
         self, x: Activations, memory: Array | None, starts: Starts | None
-    ) -> tuple[dict[str, Float[Array, "B T H K"]], dict[str, Float[Array, "B T H"]], Array, Array]:
+    ) -> tuple[dict[str, Float[Array, "B T H K"]], dict[str, Float[Array, "B T H"]], Gate, Array]:
         """Returns the inputs and gates by name, the output gate, and the convolution's memory."""
-        (*inputs, gate), memory = self.convolution(self.project(x), memory, starts)
+        projected = self.project(x)
+        (*inputs, gate), memory = self.convolution(projected, memory, starts)
         heads = [split_heads(part, self.heads) for part in inputs]
         gates = self.gates(x) if self.gate_names else []
         named = dict(zip(self.inputs, heads, strict=True))
-        return named, dict(zip(self.gate_names, gates, strict=True)), gate, memory
+        named_gates = dict(zip(self.gate_names, gates, strict=True))
+        return named, named_gates, Gate(gate, projected), memory
 
-    def back(self, y: Float[Array, "B T H K"], gate: Float[Array, "B T E"]) -> Activations:
+    def back(self, y: Float[Array, "B T H K"], gate: Gate) -> Activations:
         """Returns what the heads read, at the model's width."""
-        norm = self.norm
-        return self.out(gated_norm(y, gate, norm.scale[...], epsilon=norm.epsilon))
+        scale, epsilon = self.norm.scale[...], self.norm.epsilon
+        return self.out(gated_norm(y, gate.gate, scale, epsilon=epsilon, whole=gate.projected))
