@@ -106,6 +106,12 @@ def test_kernels_round_once(op):
     np.testing.assert_allclose(found[-1], expected[-1], rtol=1e-4, atol=2e-2)
 
 
+def test_what_is_normalized_is_the_sum_as_it_is_answered():
+    (x, y, *_), scale = random_call(8, 1024, jnp.bfloat16)
+    total, normed = sum_and_norm(x, y, scale, KERNEL)
+    np.testing.assert_array_equal(normed, stream_and_norm(total, y, scale, KERNEL)[1])
+
+
 def test_kernels_keep_what_a_loop_over_models_gives_them_apart():
     (x, y, *_), scale = random_call(64, 64)
     x, y = x.reshape(2, 32, 64), y.reshape(2, 32, 64)
