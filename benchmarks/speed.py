@@ -31,7 +31,7 @@ MODELS = ("transformer_150m", "gated_deltanet_150m", "hope_150m")
 ROWS = {"150m": 32, "380m": 16, "760m": 16, "1.3b": 8}
 """The most rows of a batch for training, by size; halved until the step fits."""
 
-FAST = ("model.remat=dots", "model.unroll=true")
+FAST = ("model.remat=none", "model.unroll=true")
 """Settings for one GPU, where the configs' own are for many devices with little memory."""
 
 TINY = (
