@@ -557,7 +557,7 @@ class ContinuumMemory(nnx.Module):
             after.append(carried)
             recalled.append(y)
         if chained:
-            x = x + y
+            x = x + recalled[-1]
         else:
             weights = jax.nn.softmax(self.mixture[...]).astype(x.dtype) * len(self.levels)
             weighted = [w * y for w, y in zip(weights, recalled, strict=True)]

@@ -64,7 +64,9 @@ def add_norm(
 def _add_norm_kernel(epsilon, count, *refs):
     (*parts, scale), (*total, normed) = refs[: count + 1], refs[count + 1 :]
     place = _place(normed, pl.program_id(0))
-    x = sum(_read(part, place) for part in parts)
+    x = _read(parts[0], place)
+    for part in parts[1:]:
+        x += _read(part, place)
     for out in total:
         _write(out, place, x)
         x = x.astype(out.dtype).astype(jnp.float32)
