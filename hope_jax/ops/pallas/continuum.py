@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float
 
 PLATFORM = "gpu"
-COLUMNS, WARPS = 64, 8
+COLUMNS, WARPS = 32, 4
 """Of the matrix, that a program has where they are sequential, and its warps."""
 ROWS, STEP, ROW_WARPS = 128, 64, 4
 """Rows of it that a program has where chunks lie side by side, columns at a time, and its warps."""
