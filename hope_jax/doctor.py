@@ -99,13 +99,14 @@ def _kernels(devices: list[jax.Device]) -> Iterator[str]:
 
 
 def _forms() -> dict[str, dict[str, Form]]:
-    """Every table of forms in `hope_jax.ops`, by the name of its module."""
+    """Every table of forms in `hope_jax.ops`, by its module, and by its name but for `FORMS`."""
     tables = {}
     for module in pkgutil.iter_modules(ops.__path__):
         loaded = importlib.import_module(f"hope_jax.ops.{module.name}")
-        for table in vars(loaded).values():
+        for name, table in vars(loaded).items():
             if isinstance(table, dict) and any(isinstance(x, Form) for x in table.values()):
-                tables[module.name] = table
+                suffix = "" if name == "FORMS" else f" ({name.lower().replace('_', ' ')})"
+                tables[module.name + suffix] = table
     return tables
 
 
