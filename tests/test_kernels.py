@@ -166,6 +166,26 @@ def test_self_referential_kernel_is_the_reference(case):
     assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4)
 
 
+def test_parts_of_whole_chunks_are_read_as_one():
+    _, (x, slow, initial, biases, _) = self_referential_call(time=64, batch=1, heads=1)
+    slow = Slow(**{**dict.fromkeys(("k", "v", "q", *GATES, "beta")), **slow, **biases})
+
+    @jax.jit
+    def read(x, q, memory):
+        return self_referential(
+            x, slow._replace(q=q), initial, memory, chunk_memory=16, chunk_projections=16,
+            form=KERNEL,
+        )  # fmt: skip
+
+    whole, end = read(x, slow.q, None)
+    memory, parts = None, []
+    for part, q in zip(jnp.split(x, 2, 1), jnp.split(slow.q, 2, 1), strict=True):
+        y, memory = read(part, q, memory)
+        parts.append(y)
+    found = jnp.concatenate(parts, 1), memory
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, (whole, end))
+
+
 @pytest.mark.parametrize("case", FAST_KV)
 def test_fast_kv_kernel_is_the_reference(case):
     assert_same(*fast_kv_call(**FAST_KV[case]), 1e-4)

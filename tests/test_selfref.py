@@ -482,7 +482,7 @@ def test_bfloat16_inputs_leave_float32_memories():
         ({"read": "late"}, "read must be one of token, chunk, current, got late"),
         ({"chunk_memory": 3}, "chunk_projections must be a multiple of chunk_memory 3, got 4"),
         ({"targets": "value"}, "targets must be self for adaptive eta or alpha"),
-        ({"form": "fast"}, "form must be one of auto, .*chunked, pallas_token, reference, got fast"),
+        ({"form": "fast"}, "must be one of auto, .*chunked, pallas_token, reference, got fast"),
         ({"initial": {}}, r"initial must have what slow leaves out, \['eta', 'memory'\], got"),
         ({"initial": {"eta": (jnp.zeros((2, 4, 4)),)}}, r"initial\[eta\] must have 1 outputs"),
         ({"initial": {"memory": (jnp.zeros((2, 4, 3)),)}}, r"initial\[memory\] must lead from"),

@@ -1,5 +1,6 @@
 """Matrix memories in one kernel launch: its gradient, padding, document starts, carried memory."""
 
+import functools
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -58,12 +59,28 @@ def remember(
     Returns:
       What was read, in the dtype of the tokens, and what is left behind.
     """
+    time, grid = next(iter(tokens.values())).shape[1], plan.chunk * plan.group
+    call = tokens, origins, bias, carried, starts
+    if carried is None or carried.position is None or time % grid:
+        return _remember(machine, plan, *call)
+    # Whole chunks from the start of one need neither padding nor a second state to project with.
+    same = jax.tree.map(lambda a, b: jnp.all(a == b), carried.states, carried.held)
+    return jax.lax.cond(
+        functools.reduce(jnp.logical_and, jax.tree.leaves(same), carried.position % grid == 0),
+        partial(_remember, machine, plan, begins_chunk=True),
+        partial(_remember, machine, plan),
+        *call,
+    )
+
+
+def _remember(machine, plan, tokens, origins, bias, carried, starts, begins_chunk=False):
+    """`remember`, where the first token may be known to begin a chunk."""
     batch, time = next(iter(tokens.values())).shape[:2]
     group = plan.chunk * plan.group
     offset, room = 0, time
     if carried is None:
         carried = _fresh(plan, origins, batch)
-    elif carried.position is not None:
+    elif carried.position is not None and not begins_chunk:
         offset, room = carried.position % group, time + group - 1
     count = -(-room // plan.chunk)
     whole = room == time == count * plan.chunk
