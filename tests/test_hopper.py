@@ -56,7 +56,6 @@ def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
         assert error < 2e-2, f"{jax.tree_util.keystr(path)}: {error:.3g}"
 
 
-@pytest.mark.filterwarnings("ignore:Passing the index separately")  # jax 0.10 wants it so
 @pytest.mark.parametrize("case", CASES)
 def test_it_can_be_lowered_where_there_is_no_gpu(case):
     op, _, narrow = call(**CASES[case])
