@@ -1,15 +1,12 @@
 """What a Hopper GPU runs instead, interpreted with its barriers and copies."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public from jax 0.11 on
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-from test_kernels import KERNEL, computed, self_referential_call, values_and_gradients
+from test_kernels import KERNEL, computed, lowered_for, self_referential_call
 
 from hope_jax.ops.pallas import gpu, hopper_backward, hopper_forward, hopper_prepare
 
@@ -59,10 +56,6 @@ def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_it_can_be_lowered_where_there_is_no_gpu(case):
     op, _, narrow = call(**CASES[case])
-    described = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform=gpu.PLATFORM)
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(partial(values_and_gradients, op, KERNEL)).trace(narrow)
-        lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    lowered = lowered_for("NVIDIA H100", op, narrow)
     assert "mosaic_gpu" in lowered
     assert all(f"memory_{name}" in lowered for name in ("forward", "prepare", "unlearn"))

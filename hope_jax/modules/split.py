@@ -34,8 +34,8 @@ def on_mesh(
     tokens in order. Exactly, by the first of these that fits:
 
       - `decay` is given and S divides T: two passes over a device's own tokens, the first only
-        for what they leave behind. Of that, S states per head are gathered, and an associative
-        scan over them finds what each device's tokens begin with. About 1.5 times the work.
+        for what they leave behind. Of that, S states per head are gathered, and a scan over them
+        finds what each device's tokens begin with. About 1.5 times the work.
       - S divides the heads: tokens and heads change places (an all-to-all of what goes in and of
         what comes out, (S - 1) / S^2 of it from each device), so that a device has some heads and
         all tokens. No work is added.
@@ -191,20 +191,19 @@ def _scanned(op, fresh, decay, tokens, initial, memory, starts):
     def shaped(share, like):
         return share.reshape(share.shape + (1,) * (like.ndim - share.ndim))
 
-    def then(early, late):
-        shares = early[0] * late[0]
-        return shares, jax.tree.map(lambda a, b: shaped(late[0], a) * a + b, early[1], late[1])
+    def through(begin, device):
+        share, own = device
+        end = jax.tree.map(lambda a, b: shaped(share, a) * a + b, begin, own)
+        return end, begin
 
+    # One device after the other: the compiler of jax 0.11 breaks down on the gradient of an
+    # associative scan in here, and these are a few sums.
     first = nothing if memory is None else memory
-    parts = jax.lax.all_gather((share, own), axis)
-    parts = jax.tree.map(
-        lambda a, b: jnp.concatenate([a[None], b]), (jnp.zeros_like(share), first), parts
-    )
-    _, ends = jax.lax.associative_scan(then, parts)
+    last, begins = jax.lax.scan(through, first, jax.lax.all_gather((share, own), axis))
     index = jax.lax.axis_index(axis)
-    begin = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), ends)
+    begin = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), begins)
     y, _ = op(tokens, initial, begin, starts)
-    return y, jax.tree.map(lambda x: x[-1], ends)
+    return y, last
 
 
 def _piped(op, fresh, tokens, initial, memory, starts):
