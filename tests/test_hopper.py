@@ -1,12 +1,15 @@
 """What a Hopper GPU runs instead, interpreted with its barriers and copies."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from described import lowered_for
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # public from jax 0.11 on
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-from test_kernels import KERNEL, computed, lowered_for, self_referential_call
+from test_kernels import KERNEL, computed, self_referential_call, values_and_gradients
 
 from hope_jax.ops.pallas import gpu, hopper_backward, hopper_forward, hopper_prepare
 
@@ -56,6 +59,13 @@ def test_memories_are_undone_as_the_reference_does(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_it_can_be_lowered_where_there_is_no_gpu(case):
     op, _, narrow = call(**CASES[case])
-    lowered = lowered_for("NVIDIA H100", op, narrow)
+    lowered = lowered_for("NVIDIA H100", partial(values_and_gradients, op, KERNEL), narrow)
     assert "mosaic_gpu" in lowered
     assert all(f"memory_{name}" in lowered for name in ("forward", "prepare", "unlearn"))
+
+
+@pytest.mark.parametrize(("time", "taken"), [(128, True), (100, False)])
+def test_a_stream_of_whole_chunks_takes_them_too(time, taken):
+    op, _, narrow = call(position=64, time=time)
+    lowered = lowered_for("NVIDIA H100", partial(op, form=KERNEL), *narrow)
+    assert ("mosaic_gpu" in lowered) == taken

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from described import lowered_for
 
 from hope_jax import sharding
 from hope_jax.ops.fastkv import FastKVMemory, fast_kv
@@ -107,15 +107,6 @@ def assert_same(op, arguments, tolerance, kernel=KERNEL):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         error = np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-3)
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: {error:.1e}"
-
-
-def lowered_for(kind, op, arguments):
-    """What a GPU of a kind, which need not be there, would run for values and gradients."""
-    described = AbstractDevice(device_kind=kind, num_cores=None, platform=gpu.PLATFORM)
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(partial(values_and_gradients, op, KERNEL)).trace(arguments)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def starts_of(time, share=0.15, batch=2):
@@ -219,7 +210,8 @@ def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, shape):
         op, arguments = self_referential_call(**SELF_REFERENTIAL[case], **shape)
     else:
         op, arguments = fast_kv_call(**FAST_KV[case])
-    assert "triton" in lowered_for("NVIDIA A100", op, arguments)
+    run = partial(values_and_gradients, op, KERNEL)
+    assert "triton" in lowered_for("NVIDIA A100", run, arguments)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from described import lowered_for
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from hope_jax.ops.likelihood import next_token_loss, weighted_loss
 
@@ -218,13 +219,9 @@ def test_the_kernel_runs_where_every_device_has_words_of_all_kinds():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_a_gpu_takes_the_kernel():
-    described = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(jax.value_and_grad(weighted_loss)).trace(*random_call(words=1000))
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    call = random_call(words=1000)
+    text = lowered_for("NVIDIA H100", jax.value_and_grad(weighted_loss), *call)
     assert "likelihood_errors" in text
 
 

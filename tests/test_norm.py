@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from described import lowered_for
+from jax.sharding import AxisType
 
 from hope_jax.ops.norm import FEWEST, add_norm, gated_norm, rms_norm
 
@@ -123,18 +124,13 @@ def test_kernels_keep_what_a_loop_over_models_gives_them_apart():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("op", [sum_and_norm, gated_by_a_part])
 @pytest.mark.parametrize("rows", [FEWEST - 2, FEWEST])
 def test_a_gpu_takes_kernels_for_many_rows(op, rows):
-    described = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
     x = jax.ShapeDtypeStruct((1, rows, 64), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((64,), jnp.float32)
-    with jax.sharding.use_abstract_mesh(mesh):
-        run = jax.jit(lambda *call: values_and_gradients(op, *call, "auto"))
-        traced = run.trace(x, x, (x, x), scale)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    run = lambda *call: values_and_gradients(op, *call, "auto")  # noqa: E731
+    text = lowered_for("NVIDIA H100", run, x, x, (x, x), scale)
     name = "add_norm" if op is sum_and_norm else "gated_norm"
     assert (f'"{name}_backward"' in text) == (rows == FEWEST)
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from described import lowered_for
 from test_selfref import C1_1, C2_4, C4_4, close, outputs_and_gradients, random_call
 
 from hope_jax.ops.selfref import self_referential
@@ -44,20 +44,12 @@ def test_it_equals_the_recurrence_in_values_and_all_gradients(case):
     jax.tree.map(close, got, expected)
 
 
-announced = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-
-
 def lowered(time=1, form="auto", **options):
     """The program for a GPU that is not there."""
     arrays, options = random_call(time=time, carried=True, starts=True, **options, **C4_4)
-    described = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(partial(self_referential, form=form, **options)).trace(*arrays)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return lowered_for("NVIDIA H100", partial(self_referential, form=form, **options), *arrays)
 
 
-@announced
 def test_a_gpu_runs_it_for_one_token_and_changes_every_memory_where_it_lies():
     text = lowered(adaptive=("k", "v", "eta", "alpha"))
     call = next(line for line in text.splitlines() if "memory_token" in line)
@@ -65,7 +57,6 @@ def test_a_gpu_runs_it_for_one_token_and_changes_every_memory_where_it_lies():
     assert sorted(aliases) == [(str(i), str(i)) for i in range(10)]
 
 
-@announced
 @pytest.mark.parametrize(
     "options", [{"time": 2}, {"deep": ("memory",)}, {"momentum": True}], ids=str
 )

@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.ops.dispatch import Form, pick, platform
+from hope_jax.ops.dispatch import Form, launch_refusal, pick, platform
 from hope_jax.ops.linear import apart
 from hope_jax.ops.pallas import continuum as kernels
 
@@ -405,9 +405,9 @@ def fused(*call) -> tuple[Float[Array, "B T V"], LevelMemory]:
 def _unfit(x, values, weights, pace, memory, starts, setting) -> str | None:
     """Says why the kernels do not take a call, or None if they do."""
     del starts
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1 and len(mesh.manual_axes) < len(mesh.axis_names):
-        return f"a launch is not split over devices, got a mesh of {mesh.size}"
+    reason = launch_refusal()
+    if reason is not None:
+        return reason
     if len(weights) > 1:
         return f"the kernels move one layer, got {len(weights)}"
     if pace.momentum is not None or setting.dgd or setting.outer or setting.surprise:

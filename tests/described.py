@@ -1,0 +1,13 @@
+"""Lowers functions for GPUs that are described rather than there."""
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+
+def lowered_for(kind, function, *arguments):
+    """The text of what a GPU of a kind, as "NVIDIA H100", would run for a call."""
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(function).trace(*arguments)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
