@@ -97,12 +97,14 @@ class SpreadConfig:
       levels: How many.
       lowest_frequency: Tokens between two moves of the slowest.
       hidden: Hidden units of each.
+      gated: Whether they are, see `LevelConfig`.
       preset: How they move, one of `PRESETS`.
     """
 
     levels: int
     lowest_frequency: int
     hidden: int
+    gated: bool = False
     preset: Literal["balanced", "fast_adapt", "high_retention"] = "balanced"
 
     def __post_init__(self):
@@ -122,6 +124,7 @@ class SpreadConfig:
         return tuple(
             LevelConfig(
                 hidden=self.hidden,
+                gated=self.gated,
                 chunk=chunk,
                 rate=PRESETS[self.preset]["rate"],
                 retain=PRESETS[self.preset]["retain"],
