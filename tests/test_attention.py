@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from hope_jax.ops import attention
-from hope_jax.ops.attention import rotary_angles
+from hope_jax.ops.rotary import rotary_angles, rotate
 
-sliding_attention = jax.jit(
-    attention.sliding_attention, static_argnames=("window", "rotary_base", "block")
-)
+
+@partial(jax.jit, static_argnames=("window", "base", "block"))
+def sliding_attention(q, k, v, memory=None, starts=None, *, window, base=10_000.0, block=None):
+    """With queries and keys that turn, as in a layer."""
+    positions = attention.positions_after(memory, q.shape[1])
+    angle = rotary_angles(positions, q.shape[-1], base)
+    q, k = rotate(q, angle), rotate(k, angle)
+    return attention.sliding_attention(q, k, v, memory, starts, window=window, block=block)
 
 
 def draw(time, heads=4, groups=2, width=6, seed=0):
@@ -51,7 +56,7 @@ def test_attention_is_what_its_definition_says(window, with_starts, block):
     if with_starts:
         starts[0, 4], starts[1, [7, 8]] = True, True
     starting = jnp.asarray(starts) if with_starts else None
-    y, _ = sliding_attention(q, k, v, None, starting, window=window, rotary_base=50.0, block=block)
+    y, _ = sliding_attention(q, k, v, None, starting, window=window, base=50.0, block=block)
     expected = by_definition(q, k, v, starts, window, 50.0)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
@@ -104,7 +109,7 @@ def test_documents_told_apart_by_features_are_those_of_a_mask(window):
     begin = jax.lax.cummax(jnp.where(starts, jnp.arange(13), 0), axis=1)
 
     def by_features(q, k, v):
-        q, k = attention.rotate(q, angle), attention.rotate(k, angle)
+        q, k = rotate(q, angle), rotate(k, angle)
         return attention._causal_in_documents(q, k, v, begin, window)
 
     def by_mask(q, k, v):

@@ -11,9 +11,15 @@ from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from hope_jax.modules.frame import head_width
-from hope_jax.modules.layers import Output, Projections, join_heads, split_heads
+from hope_jax.modules.layers import Output, Projections, join_heads
 from hope_jax.modules.split import for_attention
-from hope_jax.ops.attention import AttentionMemory, Frequencies, empty_memory, sliding_attention
+from hope_jax.ops.attention import (
+    AttentionMemory,
+    empty_memory,
+    positions_after,
+    sliding_attention,
+)
+from hope_jax.ops.rotary import Frequencies, rotary_angles, rotary_projections
 from hope_jax.shapes import Activations, Starts
 
 
@@ -154,20 +160,15 @@ class Attention(nnx.Module):
     ) -> tuple[Activations, AttentionMemory]:
         """Returns what each token read, and the memory to go on with."""
         config = self.config
-        groups = config.groups or config.heads
         scaling = config.rotary_scaling
-        q = split_heads(self.query(x)[:, :, 0], config.heads)
-        both = self.key_value(x)
-        k, v = both[:, :, 0], both[:, :, 1]
-        q, k, v = for_attention(q, split_heads(k, groups), split_heads(v, groups))
-        y, memory = sliding_attention(
-            q,
-            k,
-            v,
-            memory,
-            starts,
-            window=config.window,
-            rotary_base=config.rotary_base,
-            rotary_scaling=None if scaling is None else scaling.stretch,
+        query, both = self.query.weight[...], self.key_value.weight[...]
+        angle = rotary_angles(
+            positions_after(memory, x.shape[1]),
+            query.shape[-1] // config.heads,
+            config.rotary_base,
+            None if scaling is None else scaling.stretch,
         )
+        projected = rotary_projections(x, query[0], both, angle, objective=self.query.learns_by)
+        q, k, v = for_attention(*projected)
+        y, memory = sliding_attention(q, k, v, memory, starts, window=config.window)
         return self.out(join_heads(y)), memory

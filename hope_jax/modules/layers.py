@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.split import with_halo
 from hope_jax.ops.convolution import mixed_parts
-from hope_jax.ops.linear import linear
+from hope_jax.ops.linear import dense
 from hope_jax.ops.norm import add_norm, rms_norm
 from hope_jax.shapes import Activations, Starts, Tokens
 from hope_jax.sharding import constrain
@@ -49,29 +49,6 @@ def learn_by(model: nnx.Module, objective: str):
     for _, module in modules:
         if hasattr(module, "learns_by"):
             module.learns_by = objective
-
-
-def dense(
-    x: Float[Array, "... D"], weight: Float[Array, "... D E"], objective: str
-) -> Float[Array, "... E"]:
-    """`x @ weight`, where the weight learns by an objective, see `hope_jax.ops.linear`.
-
-    Args:
-      x: The input.
-      weight: In the dtype that parameters have; of several (P, D, E), each is read.
-      objective: "dot" is an ordinary product.
-
-    Returns:
-      The output; of several weights (..., P, E).
-    """
-    weight = weight.astype(x.dtype)
-    if weight.ndim == 2:
-        return x @ weight if objective == "dot" else linear(x, weight, objective=objective)
-    if objective == "dot":
-        return jnp.einsum("...D,PDE->...PE", x, weight)
-    count, width, out = weight.shape
-    joined = jnp.moveaxis(weight, 0, 1).reshape(width, count * out)
-    return linear(x, joined, objective=objective).reshape(*x.shape[:-1], count, out)
 
 
 class RMSNorm(nnx.Module):

@@ -111,11 +111,5 @@ class NonparametricMemory(nnx.Module):
         # The op divides by the root of the width, as attention does.
         scale = jnp.exp(self.sharpness[...])[:, None] * self.frame.each**0.5
         q = (q.astype(scale.dtype) * scale).astype(x.dtype)
-        y, fast = sliding_attention(
-            q, k, v, fast, starts, window=self.config.window, rotary_scaling=_no_rotation
-        )
+        y, fast = sliding_attention(q, k, v, fast, starts, window=self.config.window)
         return self.frame.back(y, out_gate), LayerMemory(past, fast)
-
-
-def _no_rotation(frequency: Float[np.ndarray, " half"]) -> Float[np.ndarray, " half"]:
-    return 0 * frequency

@@ -1,21 +1,14 @@
 """Softmax attention over the last `window` tokens, with a ring of keys and values as memory."""
 
-from collections.abc import Callable
 from functools import partial
-from math import tau
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import platform
 
-Frequencies = Float[np.ndarray, " half_width"]
-"""Radians by which each pair of features turns from one token to the next, in float64."""
-
-_DIGIT = 4096
 _SCORES = 4096 * 4096
 """Scores of a row and head up to which all queries are taken at once."""
 
@@ -33,7 +26,7 @@ class AttentionMemory(NamedTuple):
     """The last `window` keys and values; the token at position p lies in slot p modulo window.
 
     Attributes:
-      keys: Rotated keys.
+      keys: Keys as they came, rotated if they were.
       values: Their values.
       start: The position at which each row's document began.
       position: How many tokens have been read.
@@ -57,38 +50,10 @@ def empty_memory(
     )
 
 
-def rotary_angles(
-    positions: Int[Array, " T"],
-    width: int,
-    base: float,
-    scaling: Callable[[Frequencies], Frequencies] | None = None,
-) -> Float[Array, "T half_width"]:
-    """The angle by which rotary embedding turns each pair of features.
-
-    Pair i turns by `base^(-2i / width)` a token, or by what `scaling` makes of that.
-
-    A position is written in digits of base 4096 and each digit's turn is taken modulo a full
-    one beforehand, in float64: position 10,000,000 is as exact as position 10.
-
-    References:
-      Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
-    """
-    frequency = base ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-    frequency = frequency if scaling is None else scaling(frequency)
-    angle = jnp.zeros((positions.shape[0], width // 2), jnp.float32)
-    for power in range(3):
-        turn = np.mod(frequency * float(_DIGIT) ** power, tau).astype(np.float32)
-        digit = (positions // _DIGIT**power) % _DIGIT
-        angle = angle + digit[:, None].astype(jnp.float32) * turn
-    return angle
-
-
-def rotate(x: Float[Array, "B T G K"], angle: Float[Array, "T half_width"]) -> Array:
-    """Turns the feature pairs (i, i + K/2) of each token by its angles."""
-    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def positions_after(memory: AttentionMemory | None, time: int) -> Int[Array, " T"]:
+    """The positions of the next tokens."""
+    position = jnp.zeros((), jnp.int32) if memory is None else memory.position
+    return position + jnp.arange(time, dtype=jnp.int32)
 
 
 def sliding_attention(
@@ -99,8 +64,6 @@ def sliding_attention(
     starts: Bool[Array, "B T"] | None = None,
     *,
     window: int,
-    rotary_base: float = 10_000.0,
-    rotary_scaling: Callable[[Frequencies], Frequencies] | None = None,
     block: int | None = None,
 ) -> tuple[Float[Array, "B T H K"], AttentionMemory]:
     """Reads the last `window` tokens of the same document, the current one included.
@@ -111,14 +74,12 @@ def sliding_attention(
     with the call, does the same by itself.)
 
     Args:
-      q: Queries, before rotation.
-      k: Keys, before rotation.
+      q: Queries, turned by their positions if these matter (see `hope_jax.ops.rotary`).
+      k: Keys, likewise.
       v: Values.
       memory: What earlier calls left behind; None where nothing came before.
       starts: True where a document begins: it sees nothing before itself.
       window: How many tokens a token sees.
-      rotary_base: The longest wavelength of the rotary embedding, over 2 pi.
-      rotary_scaling: What becomes of its frequencies; None leaves them.
       block: Queries that are taken at once. None takes all, or 1,024 where these would have more
         than 4,096 x 4,096 scores in a row and head and no fused kernel is there for them.
 
@@ -129,11 +90,7 @@ def sliding_attention(
       Vaswani et al., "Attention Is All You Need", 2017; Beltagy et al., "Longformer", 2020.
     """
     time = q.shape[1]
-    position = jnp.zeros((), jnp.int32) if memory is None else memory.position
-    positions = position + jnp.arange(time, dtype=jnp.int32)
-    angle = rotary_angles(positions, q.shape[-1], rotary_base, rotary_scaling)
-    q, k = rotate(q, angle), rotate(k, angle)
-
+    positions = positions_after(memory, time)
     begin = _document_begin(positions, memory, starts, q.shape[0])
     fresh = memory is None
     if fresh:
@@ -152,7 +109,7 @@ def sliding_attention(
             oldest = -(memory.position % window)
             k = jnp.concatenate([jnp.roll(memory.keys, oldest, axis=1), k], axis=1)
             v = jnp.concatenate([jnp.roll(memory.values, oldest, axis=1), v], axis=1)
-        begin = begin - (position - before)
+        begin = begin - (positions[0] - before)
         return _in_blocks(q, k, v, begin, window=window, block=block), after
 
     if fresh:

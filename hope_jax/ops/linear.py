@@ -46,6 +46,29 @@ def apart(x: Array, axis: int) -> list[Array]:
     return [jnp.squeeze(part, axis) for part in jnp.split(x, x.shape[axis], axis)]
 
 
+def dense(
+    x: Float[Array, "... D"], weight: Float[Array, "... D E"], objective: str
+) -> Float[Array, "... E"]:
+    """`x @ weight`, where the weight learns by an objective, see `linear`.
+
+    Args:
+      x: The input.
+      weight: In the dtype that parameters have; of several (P, D, E), each is read.
+      objective: "dot" is an ordinary product.
+
+    Returns:
+      The output; of several weights (..., P, E).
+    """
+    weight = weight.astype(x.dtype)
+    if weight.ndim == 2:
+        return x @ weight if objective == "dot" else linear(x, weight, objective=objective)
+    if objective == "dot":
+        return jnp.einsum("...D,PDE->...PE", x, weight)
+    count, width, out = weight.shape
+    joined = jnp.moveaxis(weight, 0, 1).reshape(width, count * out)
+    return linear(x, joined, objective=objective).reshape(*x.shape[:-1], count, out)
+
+
 def linear(
     x: Float[Array, "*rows in"],
     weight: Float[Array, "in out"],
