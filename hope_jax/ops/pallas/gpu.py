@@ -186,7 +186,7 @@ def backward(
     if on_hopper() and hopper.takes(plan, _keys(sequence), dy.shape[-1]):
         noted, notes = hopper_prepare.prepare(plan, sequence, starts, dy), {}
         given = {"q": noted.pop("dquery")}
-        gradients, slopes = hopper_backward.unlearn(plan, sequence, noted, starts, dy, dstates)
+        gradients, slopes = hopper_backward.unlearn(plan, sequence, noted, starts, dstates)
         origins = gradients.origins
     else:
         notes = _prepare(plan, sequence, starts, dy, launch)

@@ -164,9 +164,16 @@ def narrow(name: str, matrices: Array) -> Array:
 
 
 class Desk(NamedTuple):
-    """A warpgroup's tools; interpreted, they do without what the interpreter does not know."""
+    """A warpgroup's tools; interpreted, they do without what the interpreter does not know.
+
+    Attributes:
+      interpret: Whether they are interpreted.
+      anew: Whether `grid` leaves no numbers to be kept from chunk to chunk. It depends on what else
+        a kernel keeps whether it spills more with them or without.
+    """
 
     interpret: bool
+    anew: bool = False
 
     def read(self, ref, layout, far=True):
         """Loads from memory, far or shared."""
@@ -179,11 +186,12 @@ class Desk(NamedTuple):
         return value if self.interpret else mosaic.layout_cast(value, layout)
 
     def grid(self, shift):
-        """The numbers of rows, computed anew for each `shift`, and of columns."""
+        """The numbers of rows, computed anew for each `shift`, and of columns, as `anew` says."""
         count = jax.lax.broadcasted_iota
         if not self.interpret:
             count = partial(mosaic.broadcasted_iota, layout=MATRIX)
-        return count(jnp.int32, SQUARE, 0) + shift, count(jnp.int32, SQUARE, 1)
+        row, line = (count(jnp.int32, SQUARE, axis) for axis in (0, 1))
+        return row + shift, line + shift if self.anew else line
 
     def turn(self, ref):
         """The transpose of a matrix in shared memory."""

@@ -10,13 +10,12 @@ four phases, between which all wait for all:
 3. what tokens said is undone as far as it is in proportion to that (`chunk.charge`);
 4. each for its memory: the gradient of its state at the chunk's start.
 
-The gradients of origins are sums over tokens, for which registers do not suffice: what is owed goes
-to memory, and one more launch adds it up.
+The gradients of origins are sums over tokens, for which registers do not suffice: phase 4 adds to
+them in the second cache. What the read owes its origin is summed by `hopper_prepare`.
 
-Cost for each token of a head with 64 features: 53 products of two 64 x 64 matrices for a chunk,
-0.43 MFLOPs, and 3.4 kB read and written, and half as much again for the origins; 0.15 and 0.8 ms of
-an H100 for a batch of 8 x 4,096 tokens with 16 heads. There the one takes 1.1 ms, 17 us a chunk,
-and the other 0.3.
+Cost for each token of a head with 64 features: 64 products of two 64 x 64 matrices for a chunk,
+0.52 MFLOPs, and 2.6 kB read and written, 2 kB more in the second cache; 0.3 and 0.4 ms of an H100
+for a batch of 8 x 4,096 tokens with 16 heads.
 """
 
 import itertools
@@ -27,8 +26,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mosaic
-from jax.experimental.pallas import triton
-from jaxtyping import Array
 
 from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, Values
 from hope_jax.ops.pallas.hopper import (
@@ -91,7 +88,6 @@ def unlearn(
     sequence: Sequence,
     notes: Values,
     starts: Values,
-    dy: Array,
     dstates: Values,
     *,
     interpret: Any = False,
@@ -103,7 +99,6 @@ def unlearn(
       sequence: What was read.
       notes: What `hopper_prepare.prepare` noted.
       starts: The states at the chunks' starts.
-      dy: The gradient of what was read.
       dstates: The gradients of the states after the last token.
       interpret: False, or how Mosaic is to interpret the kernel.
 
@@ -112,7 +107,7 @@ def unlearn(
     """
     place = batch, heads, count = starts["memory"].shape[:3]
     origin = sequence.origins or {}
-    given = notes | {
+    given = {name: note for name, note in notes.items() if name != "read"} | {
         "x": sequence.tokens["x"],
         "state": [starts[name].reshape(-1, *starts[name].shape[3:]) for name in MEMORIES],
         "origin": [whole(origin[name]) for name in MEMORIES],
@@ -122,14 +117,13 @@ def unlearn(
     if plan.segmented:
         given["places"] = places_of(sequence, count)
     rows = jax.ShapeDtypeStruct((batch * heads * count, *SQUARE), plan.operand)
-    each = jax.ShapeDtypeStruct((len(MEMORIES), *rows.shape), plan.operand)
+    square = jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32)
     out = {
         "k": rows,
         "v": rows,
         "gates": jax.ShapeDtypeStruct((rows.shape[0], 2, SIZE), jnp.float32),
-        "states": jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32),
-        "owed": each,
-        "target": each,
+        "states": square,
+        "origins": square,
     }
     tiles, places = room_for(plan, ROOM)
     full = Full(*(mosaic.Barrier(num_barriers=n) for n in (4, 4, 4, 1, 3)))
@@ -140,62 +134,9 @@ def unlearn(
     slopes = {"k": out["k"], "v": out["v"], "gates": gates}
     slopes = {name: slope.reshape(*place, *slope.shape[1:]) for name, slope in slopes.items()}
     states = {name: narrow(name, out["states"][:, :, m]) for m, name in enumerate(MEMORIES)}
-    wide_gates = jnp.pad(gates, [(0, 0), (0, 0), (0, SIZE - GATE_ROWS)]).astype(plan.operand)
-    said = [out["owed"], out["target"], out["k"], out["v"], wide_gates]
-    asked = [notes["key"], notes["value"], sequence.tokens["x"]]
-    origins = _blame(said, asked, dy, sequence.tokens["q"], place, interpret)
-    origins = {name: narrow(name, origins[:, :, m]) for m, name in enumerate(MEMORIES)}
+    origins = {name: narrow(name, out["origins"][:, :, m]) for m, name in enumerate(MEMORIES)}
+    origins["memory"] += jnp.sum(notes["read"], 2)
     return Gradients(states, None, origins), slopes
-
-
-def _blame(slopes, rows, dy, q, place, interpret):
-    """Hands gradients of what origins answered to them, `[B, H, memories, V, K]`.
-
-    Args:
-      slopes: What is owed for writes and for targets, `[memories, B * H * N, C, V]`, and the slopes
-        of k, v and the gates, `[B * H * N, C, V]`.
-      rows: What the origins were asked: keys and values `[B * H * N, C, K]`, tokens `[B, T, H, K]`.
-      dy: The gradient of what was read, `[B, T, H, V]`.
-      q: What it was read with, `[B, T, H, K]`.
-      place: B, H, N.
-      interpret: Whether to interpret the kernel instead of compiling it.
-    """
-    batch, heads, count = place
-    slopes = [slope.reshape(*slope.shape[:-3], *place, *SQUARE) for slope in slopes]
-    rows = [*(row.reshape(*place, *SQUARE) for row in rows[:2]), rows[2]]
-
-    def kernel(owed, target, k, v, gates, key, value, x, dy, q, origins):
-        def add(pair, n, total):
-            tokens = pl.ds(n * SIZE, SIZE)
-            left, right = (ref[n] if len(ref.shape) == 3 else ref[tokens] for ref in pair)
-            over_tokens = ((0,), (0,)), ((), ())
-            return total + jax.lax.dot_general(
-                left, right, over_tokens, preferred_element_type=jnp.float32
-            )
-
-        for m, told in enumerate(((k, x), (v, x), (dy, q), (gates, x))):
-
-            @pl.when(pl.program_id(2) == m)
-            def _(told=told):
-                total = jnp.zeros(SQUARE, jnp.float32)
-                for pair in ((owed, key), (target, value), told):
-                    total = jax.lax.fori_loop(0, count, partial(add, pair), total)
-                origins[...] = total
-
-    chunks = (count, *SQUARE)
-    of_one = pl.BlockSpec((None, None, None, *chunks), lambda h, b, m: (m, b, h, 0, 0, 0))
-    of_all = pl.BlockSpec((None, None, *chunks), lambda h, b, _: (b, h, 0, 0, 0))
-    tokens = pl.BlockSpec((None, count * SIZE, None, SIZE), lambda h, b, _: (b, 0, h, 0))
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((batch, heads, len(MEMORIES), *SQUARE), jnp.float32),
-        grid=(heads, batch, len(MEMORIES)),
-        in_specs=[of_one, of_one, *[of_all] * 5, *[tokens] * 3],
-        out_specs=pl.BlockSpec((None, None, None, *SQUARE), lambda h, b, m: (b, h, m, 0, 0)),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
-        interpret=bool(interpret),
-        name="memory_blame",
-    )(*slopes, *rows, dy, q)
 
 
 def _unlearn_kernel(
@@ -250,7 +191,6 @@ def _unlearn_kernel(
         """Phase 1."""
         tiles, write, ddelta = fresh(i), column(i, "write"), of_main("ddelta", i)
         target = desk.read(given["target"].at[me, i], MATRIX)
-        mosaic.wait_smem_to_gmem(0, wait_read_only=True)
         mosaic.barrier_wait(full.shared.at[shared.index("pull")])
         owed = desk.dot((tiles("pull"), desk.turn(tiles("after", me))))
         owed = (owed + wide(ddelta)) * by_row(write)
@@ -273,8 +213,6 @@ def _unlearn_kernel(
         exact = after.astype(jnp.float32) + wide(tiles("after", me))
         put(vectors.at[me], jnp.sum(exact * wide(tiles("state", me)), 1))
         mosaic.commit_smem()
-        for kind in ("owed", "target"):
-            mosaic.copy_smem_to_gmem(tiles(kind, me), out[kind].at[me, i])
 
     def owe_values(n, i):
         """Phase 2 of the first warpgroup: what is owed for values."""
@@ -373,13 +311,24 @@ def _unlearn_kernel(
         put(tiles("delta", 3), slope)
         mosaic.commit_smem()
 
+    def blame(tiles, *told):
+        """Adds to the gradient of an origin; registers do not hold it from chunk to chunk."""
+        origin = out["origins"].at[b, h, me]
+        also = desk.turn(tiles("delta", me)), tiles("state")
+        total = desk.read(origin, MATRIX)
+        some, more = (
+            partial(desk.dot, *told, start=total),
+            partial(desk.dot, *told, also, start=total),
+        )
+        put(origin, jax.lax.cond(me == MAIN, some, more))
+
     def settle(n, i, after, through, dstate):
         """Phase 4: the gradient of the state at the chunk's start."""
         tiles = fresh(i)
         targets, slopes, owed = tiles("target", me), tiles("delta", me), tiles("owed", me)
+        blame(tiles, (desk.turn(owed), tiles("key")), (desk.turn(targets), tiles("value")))
         if plan.segmented:
             begun = by_row(place(n, "open"))
-            mosaic.wait_smem_to_gmem(0, wait_read_only=True)
             put(targets, begun * wide(targets))
             pl.when(me != MAIN)(lambda: put(slopes, begun * wide(slopes)))
             mosaic.commit_smem()
@@ -423,10 +372,10 @@ def _unlearn_kernel(
     fetch_delta(number(count - 1))
     for name in shared:
         fetch_shared(name, count - 1)
+    put(out["origins"].at[b, h, me], desk.hold(jnp.zeros(SQUARE, jnp.float32)))
     after = desk.read(given["after"].at[b, h, me], MATRIX)
     after = keep(fresh(0)("after", me), after)
     for m in every:
         mosaic.barrier_wait(full.origin.at[m])
     after = jax.lax.fori_loop(0, count, chunk, after)
     put(out["states"].at[b, h, me], after.astype(jnp.float32) + wide(fresh(0)("after", me)))
-    mosaic.wait_smem_to_gmem(0)

@@ -10,7 +10,7 @@ wait for all:
 4. each for its memory: the state after the chunk. The third reads.
 
 Cost for each token of a head with 64 features: 46 products of two 64 x 64 matrices for a chunk,
-0.38 MFLOPs, and 0.4 kB read and written, as much again for `backward`; 0.1 ms of an H100 for the
+0.38 MFLOPs, and 0.4 kB read and written, 0.5 kB more for `backward`; 0.1 ms of an H100 for the
 one and for the other, for a batch of 8 x 4,096 tokens with 16 heads. It takes 0.8 ms there, 12 us a
 chunk, for the products of a chunk wait for one another, ten of them to invert.
 """
@@ -63,12 +63,13 @@ def forward(
     Args:
       plan: What to compute; `hopper.takes` it.
       sequence: What to read.
-      keep: Whether to keep the states at the chunks' starts.
+      keep: Whether to keep what `backward` asks for.
       interpret: False, or how Mosaic is to interpret the kernel.
 
     Returns:
-      What was read `[B, T, H, V]`, the states after the last token, the states at the chunks'
-      starts `[B, H, N, V, K]` as operands (None unless kept).
+      What was read `[B, T, H, V]`, the states after the last token, and as operands, None unless
+      kept: the states at the chunks' starts `[B, H, N, V, K]` and, named inverse, what
+      `chunk.Lesson.inverse` was for each chunk.
     """
     x = sequence.tokens["x"]
     batch, time, heads, _ = x.shape
@@ -93,6 +94,7 @@ def forward(
         out["starts"] = [
             jax.ShapeDtypeStruct((batch * heads * count, n, SIZE), plan.operand) for n in rows
         ]
+        out["inverse"] = jax.ShapeDtypeStruct((batch * heads * count, *SQUARE), plan.operand)
     tiles, places = room_for(plan, ROOM | {"added": 1})
     vectors = mosaic.SMEM((len(VECTORS), SIZE), jnp.float32)
     full = mosaic.Barrier(num_barriers=2 + len(MEMORIES))
@@ -102,7 +104,7 @@ def forward(
     states = {name: narrow(name, out["states"][:, :, m]) for m, name in enumerate(MEMORIES)}
     if not keep:
         return out["y"], states, None
-    named = zip(MEMORIES, out["starts"], strict=True)
+    named = zip((*MEMORIES, "inverse"), (*out["starts"], out["inverse"]), strict=True)
     starts = {name: a.reshape(batch, heads, count, *a.shape[1:]) for name, a in named}
     return out["y"], states, starts
 
@@ -130,6 +132,9 @@ def _kernel(
             def _(m=m):
                 rows = pl.ds(0, GATE_ROWS if m == GATES else SIZE)
                 mosaic.copy_smem_to_gmem(tiles("state", m).at[rows], out["starts"][m].at[i])
+
+    def store_inverse(i):
+        mosaic.copy_smem_to_gmem(fresh(i)("inverse"), out["inverse"].at[i])
 
     def add(n):
         """Phase 3: what tokens add."""
@@ -159,6 +164,8 @@ def _kernel(
         lesson.settle(n)
         meet(together)
         pl.when(more)(lambda: fetch("x", n + 1))
+        if "starts" in out:
+            pl.when(me == GATES)(lambda: store_inverse((b * heads + h) * count + n))
         mosaic.barrier_wait(full.at[1])
         add(n)
         pl.when(me == MAIN)(lambda: read(n))

@@ -228,6 +228,11 @@ class Lesson:
         pl.when(self.memory != GATES)(lambda: self.compare(n, self.memory, waits=True))
         pl.when(self.memory == KEYS)(lambda: self.compare(n, GATES))
 
+    def settle_again(self, n):
+        """Phases 1 and 2, where the inverse is known."""
+        self.say(n)
+        self.compare(n, self.memory, waits=True)
+
     def reach(self, n):
         """What a read sees: weights of earlier writes, and of the chunk's first state."""
         weights, before = self.decay(n), self.vector("before")
