@@ -27,7 +27,7 @@ def normals(seed):
 
 def self_referential_call(
     time=37, position=None, starts=None, frozen=("q",), correlated=0.0, gate=1.0, batch=2, heads=2,
-    group=1, width=16, chunk=16, dtype=jnp.float32, **options,
+    group=1, width=16, chunk=16, dtype=jnp.float32, momentum=False, **options,
 ):  # fmt: skip
     """Everything that has a gradient, and the op as a function of it."""
     normal = normals(0)
@@ -48,20 +48,25 @@ def self_referential_call(
     if position is not None:
         states = [
             {name: (normal(batch, *m.shape) / 4,) for name, (m,) in initial.items()}
-            for _ in range(2)
+            for _ in range(3 if momentum else 2)
         ]
+    if momentum:
+        slow["beta"] = gate * normal(batch, time, heads)
     given = dict.fromkeys((*names, "beta"))
 
     def op(x, slow, initial, biases, states, form):
         memory = None
         if states is not None:
-            memory = SelfReferentialMemory(jnp.int32(position), states[0], None, states[1])
+            state, held, *momenta = states
+            memory = SelfReferentialMemory(
+                jnp.int32(position), state, momenta[0] if momenta else None, held
+            )
         slow = Slow(**{**given, **slow, **biases})
         y, memory = self_referential(
             x, slow, initial, memory, starts, chunk_memory=chunk,
             chunk_projections=group * chunk, form=form, **options,
         )  # fmt: skip
-        return y, memory.state, memory.held
+        return y, memory.state, memory.momentum, memory.held
 
     return op, (x.astype(dtype), slow, initial, biases, states)
 
@@ -117,11 +122,24 @@ SELF_REFERENTIAL = {
     "whole chunks": {"time": 32},
     "shorter than a chunk": {"time": 5, "group": 2, "batch": 1, "heads": 1},
     "odd length, starts in chunks": {"starts": starts_of(37)},
-    "goes on inside a chunk": {"position": 5, "starts": starts_of(37)},
+    "goes on inside a chunk, momentum, l2, no anchor": {
+        "momentum": True,
+        "position": 5,
+        "starts": starts_of(37),
+        "objective": "l2",
+        "anchor": False,
+    },
+    "momentum, whole chunks": {"momentum": True, "time": 32, "batch": 1, "heads": 1},
     "goes on at a chunk's start": {"position": 32, "time": 16},
     "correlated tokens": {"correlated": 5.0, "time": 48, "group": 2},
-    "gates at their bounds": {"frozen": ("q", *GATES), "gate": 100.0, "write_max": 2.0},
+    "gates at their bounds, momentum": {
+        "momentum": True,
+        "frozen": ("q", *GATES),
+        "gate": 100.0,
+        "write_max": 2.0,
+    },
     "everything adapts, own writes are read, three chunks project with one state": {
+        "momentum": True,
         "frozen": (),
         "read": "current",
         "group": 3,
@@ -145,7 +163,12 @@ SELF_REFERENTIAL = {
         "position": 53,
         "starts": starts_of(45, 0.05),
     },
-    "no erasing, values as targets": {"dgd": False, "frozen": ("q", *GATES), "targets": "value"},
+    "no erasing, values as targets, momentum": {
+        "momentum": True,
+        "dgd": False,
+        "frozen": ("q", *GATES),
+        "targets": "value",
+    },
 }
 
 FAST_KV = {
@@ -194,13 +217,13 @@ def test_fast_kv_kernel_is_the_reference(case):
 @pytest.mark.parametrize(
     ("case", "shape"),
     [
-        ("goes on inside a chunk", {"chunk": 64, "width": 64}),
+        ("goes on inside a chunk, momentum, l2, no anchor", {"chunk": 64, "width": 64}),
         (
             "everything adapts, own writes are read, three chunks project with one state",
             {"chunk": 64, "width": 128, "dtype": jnp.bfloat16},
         ),
         ("chunk's start is read, l2, literal", {}),
-        ("no erasing, values as targets", {}),
+        ("no erasing, values as targets, momentum", {}),
         ("delta", {}),
         ("hebbian", {}),
     ],
@@ -216,7 +239,7 @@ def test_kernels_can_be_lowered_for_a_gpu_where_there_is_none(case, shape):
 
 @pytest.mark.parametrize(
     "case",
-    ["shorter than a chunk", "chunk's start is read, l2, literal"],
+    ["momentum, whole chunks", "chunk's start is read, l2, literal"],
 )
 def test_self_referential_tpu_kernel_is_the_reference(case):
     assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4, TPU)

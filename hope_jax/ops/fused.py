@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from hope_jax.ops.dispatch import launch_refusal, platform
-from hope_jax.ops.pallas.chunk import Plan, Values
+from hope_jax.ops.pallas.chunk import Plan, Values, momentum_of
 from hope_jax.ops.pallas.walk import Sequence
 
 READ = "memories_read"
@@ -24,7 +24,7 @@ class Carried(NamedTuple):
     Attributes:
       position: How many tokens were read; None for memories to which chunks mean nothing, so that
         every call begins one.
-      states: The memories, `[B, H, V, K]` by name.
+      states: The memories, `[B, H, V, K]` by name, and their momenta.
       held: What the next token projects with, likewise; None without a position.
     """
 
@@ -64,7 +64,8 @@ def remember(
     if carried is None or carried.position is None or time % grid:
         return _remember(machine, plan, *call)
     # Whole chunks from the start of one need neither padding nor a second state to project with.
-    same = jax.tree.map(lambda a, b: jnp.all(a == b), carried.states, carried.held)
+    states = {name: carried.states[name] for name in plan.names}
+    same = jax.tree.map(lambda a, b: jnp.all(a == b), states, carried.held)
     return jax.lax.cond(
         functools.reduce(jnp.logical_and, jax.tree.leaves(same), carried.position % grid == 0),
         partial(_remember, machine, plan, begins_chunk=True),
@@ -105,8 +106,10 @@ def _remember(machine, plan, tokens, origins, bias, carried, starts, begins_chun
     ends = _from_origin(plan, ends, origins, 1)
     if carried.position is None:
         return y, Carried(None, ends, None)
-    held = _from_origin(plan, held, origins, 1) if plan.holds else ends
-    after = _next_held(plan, sequence, offset + time, ends, held) if plan.holds else ends
+    after = {name: ends[name] for name in plan.names}
+    if plan.holds:
+        held = _from_origin(plan, held, origins, 1)
+        after = _next_held(plan, sequence, offset + time, ends, held)
     return y, Carried(carried.position + time, ends, after)
 
 
@@ -183,28 +186,32 @@ def _fresh(plan, origins, batch):
     states = {
         name: jnp.broadcast_to(origins[name], (batch, *origins[name].shape)) for name in plan.names
     }
-    return Carried(jnp.zeros((), jnp.int32), states, states)
+    learning = plan.names if plan.momentum else ()
+    momenta = {momentum_of(name): jnp.zeros_like(states[name]) for name in learning}
+    return Carried(jnp.zeros((), jnp.int32), states | momenta, states)
 
 
 def _from_origin(plan, states, origins, sign):
     """States as distances to their origins (-1) and back (1); as they are without an anchor."""
     if not plan.anchor:
         return states
-    return {name: state + sign * origins[name] for name, state in states.items()}
+    return {
+        name: state + sign * origins[name] if name in origins else state
+        for name, state in states.items()
+    }
 
 
 def _next_held(plan, sequence, time, ends, held):
     """What the token after the last one, which is number `time` on the grid, projects with."""
     after = {}
-    for name, state in ends.items():
-        kept = held[name]
+    for name, kept in held.items():
         if plan.segmented:
             began = sequence.last[:, sequence.live[1]]
             if sequence.early is not None and plan.chunks_of(name) > 1:
                 began += sequence.early[:, sequence.live[1]]
             kept = jnp.where(began[:, None, None, None] > 0, sequence.origins[name], kept)
         ended = time % (plan.chunk * plan.chunks_of(name)) == 0
-        after[name] = jnp.where(ended, state, kept)
+        after[name] = jnp.where(ended, ends[name], kept)
     return after
 
 

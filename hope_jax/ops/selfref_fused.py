@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from hope_jax.ops.fused import Carried, refusal, remember
-from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, momentum_of
 
 GATES = ("eta", "alpha")
 
@@ -12,13 +12,13 @@ def run(machine, x, views, biases, initial, memory, starts, setting):
     """Computes the op with the kernels of a machine; other arguments as for the other forms.
 
     Returns:
-      What was read, and the position, state, momentum (None) and held matrices left behind.
+      What was read, and the position, state, momentum and held matrices left behind.
     """
     plan = plan_of(x, views, setting)
     tokens = {"x": x} if plan.gates or len(plan.memories) > 1 else {}
     given = {"k": views.key, "v": views.value, "q": views.query}
     tokens |= {name: array.astype(x.dtype) for name, array in given.items() if array is not None}
-    gates = {"eta": views.write, "alpha": views.retain}
+    gates = {"eta": views.write, "alpha": views.retain, "beta": views.momentum}
     tokens |= {name: a.astype(jnp.float32) for name, a in gates.items() if a is not None}
     bias = None
     if plan.gates:
@@ -26,10 +26,18 @@ def run(machine, x, views, biases, initial, memory, starts, setting):
     carried, position = None, jnp.asarray(x.shape[1], jnp.int32)
     if memory is not None:
         position += memory.position
-        carried = Carried(memory.position, _together(memory.state), _together(memory.held))
+        states = _together(memory.state)
+        if plan.momentum:
+            momenta = _together(memory.momentum)
+            states |= {momentum_of(name): momenta[name] for name in plan.names}
+        carried = Carried(memory.position, states, _together(memory.held))
     y, after = remember(machine, plan, tokens, _together(initial), bias, carried, starts)
     state, held = (_apart(states, initial) for states in after[1:])
-    return y.astype(x.dtype), (position, state, None, held)
+    momentum = None
+    if plan.momentum:
+        momenta = {name: after.states[momentum_of(name)] for name in plan.names}
+        momentum = _apart(momenta, initial)
+    return y.astype(x.dtype), (position, state, momentum, held)
 
 
 def refuses(machine, x, views, biases, initial, memory, starts, setting):
@@ -37,8 +45,6 @@ def refuses(machine, x, views, biases, initial, memory, starts, setting):
     del biases, memory, starts
     if any(len(matrices) == 2 for matrices in initial.values()):
         return "the kernels take linear memories, got an MLP"
-    if views.momentum is not None:
-        return "the kernels take memories without momentum"
     if setting.inner_gradient == "stop":
         return "the kernels differentiate the inner updates, got inner_gradient=stop"
     return refusal(
@@ -69,6 +75,7 @@ def plan_of(x, views, setting):
         holds=False,
         operand=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
         group=1 if alone else setting.chunk_projections // setting.chunk_memory,
+        momentum=views.momentum is not None,
     )
 
 

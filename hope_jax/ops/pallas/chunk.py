@@ -33,6 +33,11 @@ Values = dict[str, Array]
 """Arrays by the name of a memory (k, v, q, gates, memory) or of what a token brings."""
 
 
+def momentum_of(name: str) -> str:
+    """The name of a memory's momentum among the states."""
+    return "momentum_" + name
+
+
 class Plan(NamedTuple):
     """What is computed; fixed when a kernel is traced.
 
@@ -53,6 +58,8 @@ class Plan(NamedTuple):
       operand: What the operands of matrix products are rounded to; sums are in float32. With
         float32 operands `jax.default_matmul_precision` says whether they may be rounded to tf32.
       group: Chunks for which tokens project with one state; see `chunks_of`.
+      momentum: Whether writes pass a damped momentum, a second state of every memory; tokens bring
+        what it keeps, "beta". Does not go with erasing what is retained.
     """
 
     memories: tuple[str, ...]
@@ -69,11 +76,17 @@ class Plan(NamedTuple):
     holds: bool
     operand: jnp.dtype
     group: int = 1
+    momentum: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """All matrices that learn."""
         return self.memories + (("gates",) if self.gates else ())
+
+    @property
+    def momenta(self) -> tuple[str, ...]:
+        """The names of their momenta."""
+        return tuple(map(momentum_of, self.names)) if self.momentum else ()
 
     @property
     def consults(self) -> bool:
@@ -99,7 +112,8 @@ class Memories(NamedTuple):
     """Where the matrices of a chunk are read, as functions of their name.
 
     Attributes:
-      state: The state at the chunk's start (its distance to the origin with an anchor).
+      state: The state at the chunk's start (its distance to the origin with an anchor), or the
+        momentum under its own name.
       held: What tokens project with.
       origin: Where states return to after a document start; None if nothing needs it.
     """
@@ -140,6 +154,33 @@ class Place(NamedTuple):
         return self.number == -2 * self.early
 
 
+class Sweep(NamedTuple):
+    """How much momentum keeps, and how much of that states gain.
+
+    Attributes:
+      found: What a token (row) finds under its key of each write (column), as an operand; the one
+        thing that `prepare` does not note.
+      lasting: What the momentum has of the write of token s (column) after token t (row).
+      carried: What it then has of the chunk's first momentum.
+      spread: What the state has of the write of token s (column) when token t (row) arrives.
+      swept: What it then has of the chunk's first momentum.
+      ending: What the last state has of a token's write.
+      gained: What the last state has of the first momentum.
+      left: What the last momentum has of a token's write.
+      remains: What the last momentum has of the first.
+    """
+
+    found: Array
+    lasting: Array
+    carried: Array
+    spread: Array
+    swept: Array
+    ending: Array
+    gained: Array
+    left: Array
+    remains: Array
+
+
 class Lesson(NamedTuple):
     """What the tokens of a chunk say, and how it weighs.
 
@@ -149,8 +190,9 @@ class Lesson(NamedTuple):
       value: Values.
       query: Queries; `query_scale` as for keys.
       query_scale: See `query`.
-      write: The write gate, zero for padding.
-      erase: What multiplies the erased, zero for padding; None if nothing is erased.
+      write: What multiplies the written: the write gate, damped with momentum; zero for padding.
+      erase: What multiplies the erased, zero for padding; None if nothing is erased. With momentum
+        always the write gate.
       retain: The retention gate, None where it is not needed any more; `forget` is one minus it,
         where a memory makes it.
       forget: See `retain`.
@@ -163,6 +205,7 @@ class Lesson(NamedTuple):
       restore: What the last state has of the origin, beside distances; None if nothing.
       decay: Weights of the writes of earlier tokens (columns) when a token (row) arrives.
       inverse: (I + erase decay K K^T)^-1; None if nothing is erased.
+      sweep: The momentum's weights, None without.
     """
 
     key: Array
@@ -183,6 +226,7 @@ class Lesson(NamedTuple):
     restore: Array | None
     decay: Array
     inverse: Array | None
+    sweep: Sweep | None
 
 
 def attend(
@@ -196,7 +240,7 @@ def attend(
 
     Args:
       plan: What to compute.
-      tokens: x, and what slow projections say: q, k, v `[C, K]`, eta, alpha `[C, 1]`.
+      tokens: x, and what slow projections say: q, k, v `[C, K]`, eta, alpha, beta `[C, 1]`.
       place: Where documents lie; None if the plan is not segmented.
       memories: The memories.
       bias: Added to the gates that memories make.
@@ -209,14 +253,7 @@ def attend(
     value = tokens["v"] if "v" in tokens else consult(plan, place, memories, "v", tokens["x"])
     write, retain, forget, log_retain = _gates(plan, tokens, place, memories, bias)
 
-    row, column = _grid(plan.chunk)
-    same = row >= column
-    if place is not None:
-        same = same & (place.number == place.number.T)
-    departure = jnp.sum(jnp.where(same, log_retain.T, 0), 1, keepdims=True)
-    arrival = departure - log_retain
-    ending = log_retain if place is None else jnp.where(place.number == place.last, log_retain, 0)
-    last = jnp.sum(ending, 0, keepdims=True)
+    arrival, departure, last = _passed(plan, place, log_retain)
     decay = _decay(plan, place, arrival, departure)
     before, after, through = jnp.exp(arrival), jnp.exp(last - departure), jnp.exp(last)
     inherit = restore = None
@@ -234,10 +271,14 @@ def attend(
         erase = write if plan.erases == "state" else write * retain
         overlap = decay * _dot(plan, key, key, 1, 1)
         inverse = _unit_lower_inverse(plan, _round(plan, erase * overlap))
+    sweep = None
+    if plan.momentum:
+        sweep = _sweep(plan, place, tokens["beta"], key, decay, after)
+        write, erase = (1 - tokens["beta"]) * write, write
     return Lesson(
         key, key_scale, _round(plan, value), _round(plan, query), query_scale,
         write, erase, retain, forget, arrival, departure, before, inherit, after, through, restore,
-        decay, inverse,
+        decay, inverse, sweep,
     )  # fmt: skip
 
 
@@ -253,7 +294,11 @@ def consult(plan, place, memories, name, rows):
 
 
 def teach(plan, lesson, place, memories, name):
-    """Computes one memory's targets, their scale, and what each token adds in front of its key."""
+    """Computes one memory's targets, their scale, what each token writes, and what it adds.
+
+    Both are in front of its key. With momentum the last is only what it takes away: what it writes
+    lasts longer.
+    """
     target, scale = lesson.value.astype(jnp.float32), None
     if plan.targets == "self":
         target = consult(plan, place, memories, name, lesson.value)
@@ -264,29 +309,48 @@ def teach(plan, lesson, place, memories, name):
         else:
             scale = jax.lax.rsqrt(jnp.sum(square, 1, keepdims=True) + 1e-6)
         target = target * scale
-    delta = lesson.write * _error(plan, place, memories, name, lesson.key, target)
+    written = lesson.write * _error(plan, place, memories, name, lesson.key, target)
+    delta = jnp.zeros_like(written) if plan.momentum else written
     if plan.erases != "nothing":
         found = _inherited(plan, lesson.before, lesson.inherit, memories, name, lesson.key)
+        if lesson.sweep is not None:
+            found += _swept(plan, lesson.sweep.swept, memories, name, lesson.key)
+            found += _dot(plan, lesson.sweep.found, written)
         delta = _dot(plan, lesson.inverse, delta - lesson.erase * found)
-    return target, scale, delta
+    return target, scale, written, delta
 
 
-def advance(plan, lesson, memories, name, state, delta):
-    """The state of one memory after the chunk."""
-    state = lesson.through * state + _dot(plan, lesson.after * delta, lesson.key, 0, 0)
+def advance(plan, lesson, memories, name, state, written, delta):
+    """The state of one memory after the chunk; with momentum all but what that had at its start."""
+    state, added = lesson.through * state, lesson.after * delta
+    if lesson.sweep is not None:
+        added += lesson.sweep.ending * written
+    state += _dot(plan, added, lesson.key, 0, 0)
     if lesson.restore is not None:
         state += lesson.restore * memories.origin(name)
     return state
 
 
-def read(plan, lesson, place, memories, delta):
-    """Reads the memory that is read; `delta` is what tokens added to it."""
+def advance_momentum(plan, lesson, momentum, written):
+    """The momentum of one memory after the chunk."""
+    left = _dot(plan, lesson.sweep.left * written, lesson.key, 0, 0)
+    return lesson.sweep.remains * momentum + left
+
+
+def read(plan, lesson, place, memories, written, delta):
+    """Reads the memory that is read; for `written` and `delta` see `teach`."""
     if plan.read == "chunk":
         return consult(plan, place, memories, "memory", lesson.query)
     before, inherit, weights = _reach(plan, lesson)
-    shares = weights * _dot(plan, lesson.query, lesson.key, 1, 1)
+    overlap = _dot(plan, lesson.query, lesson.key, 1, 1)
+    shares = weights * overlap
     y = _inherited(plan, before, inherit, memories, "memory", lesson.query)
-    return y + _dot(plan, shares, delta)
+    y += _dot(plan, shares, delta)
+    if lesson.sweep is not None:
+        swept, spread = _reach_of_momentum(plan, lesson)
+        y += _swept(plan, swept, memories, "memory", lesson.query)
+        y += _dot(plan, spread * overlap, written)
+    return y
 
 
 def notes(plan: Plan, restores: bool) -> dict[str, str]:
@@ -298,7 +362,8 @@ def notes(plan: Plan, restores: bool) -> dict[str, str]:
 
     Returns:
       By name: "key" or "value" for rows of so many features, "gates" for rows of `GATE_ROWS`,
-      "state" for a matrix like a state, "column", or "number".
+      "pairs" for rows of as many numbers as there are tokens, "state" for a matrix like a state,
+      "column", or "number".
     """
     kinds = {"pull": "key", "dquery": "key", "through": "number"}
     kinds |= dict.fromkeys(("write", "arrival", "departure", "before", "after"), "column")
@@ -306,6 +371,10 @@ def notes(plan: Plan, restores: bool) -> dict[str, str]:
         kinds["forget"] = "column"
     if plan.erases == "retained":
         kinds |= {"retain": "column", "erase": "column"}
+    if plan.momentum:
+        kinds |= {"erase": "column", "pull_write": "key", "lasting": "pairs", "spread": "pairs"}
+        kinds |= dict.fromkeys(("carried", "swept", "ending", "left"), "column")
+        kinds |= dict.fromkeys(("gained", "remains"), "number")
     kinds |= {label: "key" for name, label in LABELS.items() if name in plan.memories}
     if "k" in plan.memories:
         kinds["key_scale"] = "column"
@@ -318,6 +387,8 @@ def notes(plan: Plan, restores: bool) -> dict[str, str]:
             kinds["scale_" + name] = "column"
     if plan.read != "chunk":
         kinds |= {"ddelta": "value", "dkey": "key", "dstate": "state", "dlog": "column"}
+        if plan.momentum:
+            kinds |= {"dwritten": "value", "dmomentum": "state", "dlog_momentum": "column"}
     if restores:
         kinds |= {"inherit": "column", "restore": "number"}
         if plan.read != "chunk":
@@ -340,9 +411,15 @@ def prepare(plan: Plan, lesson: Lesson, note: Callable[[str, Array], None]) -> N
     names += ["retain", "erase"] if plan.erases == "retained" else []
     names += ["inverse"] if plan.erases != "nothing" else []
     names += ["inherit", "restore"] if lesson.restore is not None else []
+    names += ["erase"] if plan.momentum else []
     for name in names:
         note(name, getattr(lesson, name))
-    note("pull", _settled(plan, lesson, lesson.after * lesson.key))
+    pull = _settled(plan, lesson, lesson.after * lesson.key)
+    note("pull", pull)
+    if lesson.sweep is not None:
+        for name in Sweep._fields[1:]:
+            note(name, getattr(lesson.sweep, name))
+        note("pull_write", _unwritten(plan, lesson, lesson.sweep.ending * lesson.key, pull))
 
 
 def recollect(
@@ -358,13 +435,18 @@ def recollect(
     """
     said, noted = _said(tokens, notes), notes.get
     arrival, departure = notes["arrival"], notes["departure"]
-    return Lesson(
+    lesson = Lesson(
         said["k"], noted("key_scale"), said["v"], said["q"], noted("query_scale"),
         notes["write"], _erase(plan, notes) if plan.erases != "nothing" else None,
         noted("retain"), noted("forget"), arrival, departure, notes["before"], noted("inherit"),
         notes["after"], notes["through"], noted("restore"),
-        _decay(plan, place, arrival, departure), noted("inverse"),
+        _decay(plan, place, arrival, departure), noted("inverse"), None,
     )  # fmt: skip
+    if not plan.momentum:
+        return lesson
+    weights = [notes[name].astype(jnp.float32) for name in Sweep._fields[1:]]
+    found = _found(plan, lesson.key, notes["spread"])
+    return lesson._replace(sweep=Sweep(found, *weights))
 
 
 def recall(
@@ -387,14 +469,14 @@ def recall(
       dy: The gradient of what was read; for "memory" alone.
       note: Called with names and values.
     """
-    target, scale, delta = teach(plan, lesson, place, memories, name)
+    target, scale, written, delta = teach(plan, lesson, place, memories, name)
     note("delta_" + name, delta)
     if plan.targets == "self":
         note("target_" + name, target)
     if scale is not None and name != "gates":
         note("scale_" + name, scale)
     if name == "memory":
-        _unread(plan, lesson, place, memories, delta, _round(plan, dy), note)
+        _unread(plan, lesson, place, memories, written, delta, _round(plan, dy), note)
 
 
 def _settled(plan, lesson, ddelta):
@@ -404,7 +486,14 @@ def _settled(plan, lesson, ddelta):
     return _dot(plan, lesson.inverse, ddelta, 0, 0)
 
 
-def _unread(plan, lesson, place, memories, delta, dy, note):
+def _unwritten(plan, lesson, dwritten, owed):
+    """The gradient of writes, given what is owed along what tokens took away, of what they met."""
+    if plan.erases == "nothing":
+        return dwritten
+    return dwritten - _dot(plan, lesson.sweep.found, lesson.erase * owed, 0, 0)
+
+
+def _unread(plan, lesson, place, memories, written, delta, dy, note):
     """Undoes the read."""
     query, name = lesson.query, "memory"
 
@@ -424,18 +513,47 @@ def _unread(plan, lesson, place, memories, delta, dy, note):
     if plan.anchor:
         dquery += _dot(plan, dy, memories.origin(name))
 
-    shares = weights * _dot(plan, query, lesson.key, 1, 1)
+    overlap = _dot(plan, query, lesson.key, 1, 1)
+    shares = weights * overlap
     dshares = _dot(plan, dy, delta, 1, 1)
     row, column = _grid(plan.chunk)
     spans = jnp.where(row > column, dshares * shares, 0)
     dlog = _undecay(plan, place, decayed, None, None, spans)
     if plan.read == "current":
         dlog += decayed + jnp.sum(spans, 1, keepdims=True)
+    doverlap = dshares * weights
+    if lesson.sweep is not None:
+        swept, spread = _reach_of_momentum(plan, lesson)
+        asked = _dot(plan, dy, memories.state(momentum_of(name)))
+        dspread = _dot(plan, dy, written, 1, 1)
+        note("dmomentum", _dot(plan, swept * dy, query, 0, 0))
+        dquery, doverlap = dquery + swept * asked, doverlap + dspread * spread
+        dswept = jnp.sum(asked * query, 1, keepdims=True)
+        decayed, dlog_momentum = _unread_momentum(plan, lesson, place, dspread * overlap, dswept)
+        note("dlog_momentum", dlog_momentum)
+        dlog += decayed
     note("dlog", dlog)
-    doverlap = _round(plan, dshares * weights)
+    doverlap = _round(plan, doverlap)
     unask(dquery + _dot(plan, doverlap, lesson.key))
     note("dkey", _dot(plan, doverlap, query, 0, 0))
-    note("ddelta", _settled(plan, lesson, _dot(plan, shares, dy, 0, 0)))
+    owed = _settled(plan, lesson, _dot(plan, shares, dy, 0, 0))
+    note("ddelta", owed)
+    if lesson.sweep is not None:
+        note("dwritten", _unwritten(plan, lesson, _dot(plan, spread * overlap, dy, 0, 0), owed))
+
+
+def _unread_momentum(plan, lesson, place, dspread, dswept):
+    """The gradients of the logarithms of retention and of what momentum keeps, from the read."""
+    sweep, dlasting, dcarried, dlog = lesson.sweep, 0, 0, 0
+    if plan.read == "current":
+        own, dlasting, dcarried = jnp.exp(lesson.departure - lesson.arrival), dspread, dswept
+        dspread, dswept = own * dspread, own * dswept
+        dlog = jnp.sum(dspread * sweep.spread, 1, keepdims=True) + dswept * sweep.swept
+    decayed, carried, lasting = _unsweep(
+        plan, lesson.decay, sweep.lasting, sweep.carried, dspread, dswept, dlasting, dcarried
+    )
+    dlog += _undecay(plan, place, None, None, None, decayed)
+    return dlog, _undecay(plan, place, carried, None, None, lasting, own=True)
 
 
 def push_back(plan: Plan, notes: Mapping[str, Array], key: Array, after: Array) -> Array:
@@ -471,17 +589,43 @@ class Erased(NamedTuple):
     pairs: Array
 
 
+class Swept(NamedTuple):
+    """What a memory owes by way of momentum, for the attributes of `Sweep` of these names.
+
+    Attributes:
+      write: The gradient of the damped write gate.
+      log: Of the logarithm of what tokens say to momentum, by way of the read.
+      ending: Of `Sweep.ending`.
+      gained: Of `Sweep.gained`.
+      left: Of the logarithm of `Sweep.left`.
+      remains: Of the logarithm of `Sweep.remains`.
+      swept: Of `Sweep.swept`; None if nothing is erased.
+      pairs: What is owed to each token (row) along what each (column) wrote; None likewise.
+    """
+
+    write: Array
+    log: Array
+    ending: Array
+    gained: Array
+    left: Array
+    remains: Array
+    swept: Array | None
+    pairs: Array | None
+
+
 class Share(NamedTuple):
     """What a memory owes to what all memories are told, or what several owe together.
 
     Attributes:
       key: The gradient of keys, but for what `Erased.pairs` add to it.
       value: The gradient of values.
-      write: The gradient of the write gate, and with `Plan.steps` of its logarithm.
+      write: The gradient of what multiplies the written, with `Plan.steps` of the logarithm of the
+        write gate.
       log: The gradient of the logarithm of retention by way of the read.
       after: The gradient of the logarithm of what is left of writes at the chunk's end.
       through: The same of the first state, `[1, 1]`.
       erased: What is owed for erasing; None if nothing is erased.
+      swept: What is owed for momentum, None without.
     """
 
     key: Array
@@ -491,6 +635,7 @@ class Share(NamedTuple):
     after: Array
     through: Array
     erased: Erased | None
+    swept: Swept | None
 
 
 class Change(NamedTuple):
@@ -513,8 +658,9 @@ def unlearn(
     memories: Memories,
     name: str,
     after: Float[Array, "V K"],
+    after_momentum: Float[Array, "V K"] | None,
     dy: Float[Array, "C V"] | None,
-) -> tuple[Share, Array, Change]:
+) -> tuple[Share, Array, Array | None, Change]:
     """Hands the gradient of one memory's last state back through a chunk.
 
     What tokens said to all memories is undone by `charge`, and where that came from memories by
@@ -528,15 +674,19 @@ def unlearn(
       memories: The memories.
       name: Which memory.
       after: The gradient of its state after the chunk.
+      after_momentum: The gradient of its momentum after the chunk, None without.
       dy: The gradient of what was read; None unless the chunk's start is read.
 
     Returns:
-      What the memory owes; the gradient of its first state by way of the recurrence; the others.
+      What the memory owes; the gradient of its first state by way of the recurrence; that of its
+      first momentum; the others.
     """
     said = _said(tokens, notes)
     key, delta = said["k"], notes["delta_" + name]
-    owed = _owed(plan, notes, name, after)
-    dvalue, asked = _untarget(plan, notes, name, said, owed), []
+    owed = owing = _owed(plan, notes, name, after)
+    if plan.momentum:
+        owing = _owing(plan, notes, name, key, after, after_momentum)
+    dvalue, asked = _untarget(plan, notes, name, said, owing), []
     if plan.targets == "self":
         asked.append((dvalue, said["v"]))
         dvalue = _unconsult(plan, place, memories, name, dvalue)
@@ -545,9 +695,9 @@ def unlearn(
     if name == "memory" and dy is not None:
         asked.append((dy, said["q"]))
     along = delta
-    if not plan.steps:
+    if plan.momentum or not plan.steps:
         along = _error(plan, place, memories, name, key, _target(plan, notes, name, said))
-    dwrite = jnp.sum(owed * along, 1, keepdims=True)
+    dwrite = jnp.sum(owing * along, 1, keepdims=True)
 
     pushed = notes["after"] * _dot(plan, delta, after)
     dafter = jnp.sum(key * pushed, 1, keepdims=True)
@@ -557,7 +707,7 @@ def unlearn(
         dthrough += notes["restore"] * _total(after * origin)
     dkey, dlog = pushed, jnp.zeros_like(dwrite)
     if plan.objective == "l2":
-        derror = -notes["write"] * owed
+        derror = -notes["write"] * owing
         asked.append((derror, key))
         dkey += _unconsult(plan, place, memories, name, derror)
     if name == "memory" and "dkey" in notes:
@@ -569,8 +719,60 @@ def unlearn(
         found = jnp.sum(key * (decaying + resting), 1, keepdims=True)
         dkey -= _erase(plan, notes) * (decaying + resting)
         erased = Erased(found, came, _dot(plan, owed, delta, 1, 1))
-    share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, erased)
-    return share, *_settle(plan, notes, place, name, key, after, owed, asked)
+    share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, erased, None)
+    state, change = _settle(plan, notes, place, name, key, after, owed, asked)
+    if not plan.momentum:
+        return share, state, None, change
+    written = notes["write"] * along
+    swept, dkey, found, momentum = _unlearn_momentum(
+        plan, notes, memories, name, key, written, owed, after, after_momentum
+    )
+    share = share._replace(key=share.key + dkey, swept=swept._replace(write=dwrite))
+    if erased is not None:
+        share = share._replace(erased=erased._replace(found=erased.found + found))
+    if plan.steps:
+        dstep = jnp.sum(owing * written + owed * delta, 1, keepdims=True)
+        share = share._replace(write=dstep)
+    return share, state, momentum, change
+
+
+def _owing(plan, notes, name, key, after, after_momentum):
+    """The gradient of each token's write with momentum; `_owed` is of what it took away."""
+    owing = _dot(plan, notes["pull_write"], after, 1, 1)
+    owing += _dot(plan, notes["left"] * key, after_momentum, 1, 1)
+    return owing + notes["dwritten"] if name == "memory" and "dwritten" in notes else owing
+
+
+def _unlearn_momentum(plan, notes, memories, name, key, written, owed, after, after_momentum):
+    """What a memory owes for its momentum, to keys, for what they found, and of the first one."""
+    momentum = memories.state(momentum_of(name))
+    raised = _dot(plan, written, after)
+    kept = notes["left"] * _dot(plan, written, after_momentum)
+    dkey, found, dswept, pairs = notes["ending"] * raised + kept, None, None, None
+    first = notes["remains"] * after_momentum + notes["gained"] * after
+    nothing = dlog = jnp.zeros_like(notes["write"])
+    if name == "memory" and "dmomentum" in notes:
+        first, dlog = first + notes["dmomentum"], notes["dlog_momentum"]
+    if plan.erases != "nothing":
+        erase = _erase(plan, notes)
+        asked = _dot(plan, owed, momentum)
+        dswept = -erase * jnp.sum(key * asked, 1, keepdims=True)
+        asked *= notes["swept"]
+        dkey -= erase * asked
+        found, pairs = jnp.sum(key * asked, 1, keepdims=True), _dot(plan, owed, written, 1, 1)
+        first -= _dot(plan, notes["swept"] * erase * owed, key, 0, 0)
+    momentum = momentum.astype(jnp.float32)
+    swept = Swept(
+        write=nothing,
+        log=dlog,
+        ending=jnp.sum(key * raised, 1, keepdims=True),
+        gained=_total(after * momentum),
+        left=jnp.sum(key * kept, 1, keepdims=True),
+        remains=notes["remains"] * _total(after_momentum * momentum),
+        swept=dswept,
+        pairs=pairs,
+    )
+    return swept, dkey, found, first
 
 
 def charge(
@@ -591,17 +793,26 @@ def charge(
     """
     key = _said(tokens, notes)["k"]
     dkey, dwrite, dlog = share.key, share.write, share.log
-    derase, dbefore, spans = 0.0, None, None
+    dafter, derase, dbefore, spans = share.after, 0.0, None, None
+    if plan.momentum:
+        dwrite = dwrite if plan.steps else (1 - tokens["beta"]) * dwrite
     if share.erased is not None:
         found, came, pairs = share.erased
         erase = _erase(plan, notes)
         pairs *= _decay(plan, place, notes["arrival"], notes["departure"])
-        dkey -= erase * _dot(plan, pairs, key)
-        dkey -= _dot(plan, erase * pairs, key, 0, 0)
-        spans = pairs * _dot(plan, key, key, 1, 1)
-        derase = -found - jnp.sum(spans, 1, keepdims=True)
+        whole = pairs
+        if plan.momentum:
+            whole = pairs + notes["spread"] * share.swept.pairs
+        dkey -= erase * _dot(plan, whole, key)
+        dkey -= _dot(plan, erase * whole, key, 0, 0)
+        overlap = _dot(plan, key, key, 1, 1)
+        spans = pairs * overlap
+        derase = -found - jnp.sum(spans if whole is pairs else whole * overlap, 1, keepdims=True)
         dbefore, spans = -erase * came, -erase * spans
-    dlog += _undecay(plan, place, dbefore, share.after, share.through, spans)
+    if plan.momentum:
+        decayed, ended, dbeta = _charge_momentum(plan, tokens, notes, place, key, share.swept)
+        spans, dafter = _plus(spans, decayed), dafter + ended
+    dlog += _undecay(plan, place, dbefore, dafter, share.through, spans)
     if plan.erases == "state" and not plan.steps:
         dwrite += derase
     elif plan.erases == "retained":
@@ -609,15 +820,41 @@ def charge(
         dlog += derase * _erase(plan, notes)
     if place is not None:
         dlog, dwrite = jnp.where(place.live, dlog, 0), jnp.where(place.live, dwrite, 0)
+        dbeta = jnp.where(place.live, dbeta, 0) if plan.momentum else None
     slopes = {"k": _unscale(dkey, key, notes.get("key_scale")), "v": share.value}
     if plan.gates:
-        dstep = dwrite if plan.steps else notes["write"] * dwrite
+        dstep = dwrite if plan.steps else _gate(plan, notes) * dwrite
         slopes["gates"] = _ungate(plan, notes, dstep, dlog)
     if "eta" not in plan.gates:
         slopes["eta"] = dwrite
     if "alpha" not in plan.gates:
         slopes["alpha"] = dlog / jnp.maximum(tokens["alpha"], SMALLEST)
+    if plan.momentum:
+        slopes["beta"] = dbeta
     return slopes
+
+
+def _charge_momentum(plan, tokens, notes, place, key, swept):
+    """Undoes what tokens said to momentum.
+
+    Returns:
+      What the logarithms of decays and of what is left at the chunk's end gain; the gradient of
+      what tokens say.
+    """
+    after, lasting, carried = notes["after"], notes["lasting"], notes["carried"]
+    decay = _decay(plan, place, notes["arrival"], notes["departure"])
+    ended = jnp.sum(lasting * swept.ending.T, 1, keepdims=True) + swept.gained * carried
+    dspread, dswept = jnp.zeros_like(decay), jnp.zeros_like(after)
+    if plan.erases != "nothing":
+        dspread = -_erase(plan, notes) * swept.pairs * _dot(plan, key, key, 1, 1)
+        dswept = swept.swept
+    decayed, carried, lasting = _unsweep(
+        plan, decay, lasting, carried, dspread, dswept,
+        after * swept.ending.T, after * swept.gained,
+    )  # fmt: skip
+    dlog = swept.log + _undecay(plan, place, carried, swept.left, swept.remains, lasting, own=True)
+    dbeta = dlog / jnp.maximum(tokens["beta"], SMALLEST) - _gate(plan, notes) * swept.write
+    return decayed, after * ended, dbeta
 
 
 def blame(plan: Plan, place: Place | None, name: str, slope: Array, x: Array) -> Change:
@@ -674,7 +911,11 @@ def _owed(plan, notes, name, after):
 
 
 def _erase(plan, notes):
-    return notes["erase"] if plan.erases == "retained" else notes["write"]
+    return notes["erase"] if plan.erases == "retained" or plan.momentum else notes["write"]
+
+
+def _gate(plan, notes):
+    return notes["erase"] if plan.momentum else notes["write"]
 
 
 def _target(plan, notes, name, said):
@@ -708,14 +949,26 @@ def _unfound(plan, notes, memories, name, owed):
     return decaying, resting
 
 
-def _undecay(plan, place, dbefore, dafter, dthrough, spans):
+def _unsweep(plan, decay, lasting, carried, dspread, dswept, dlasting, dcarried):
+    """Hands gradients of what states have of momentum to decays and to what momentum has.
+
+    Returns:
+      The gradients of the logarithms of `decay`, `carried` and `lasting`.
+    """
+    ddecay = _dot(plan, dspread, lasting, 1, 1) + dswept * carried.T
+    dlasting += _dot(plan, decay, dspread, 0, 0)
+    dcarried += _upright(plan, jnp.sum(decay * dswept, 0, keepdims=True))
+    return decay * ddecay, dcarried * carried, dlasting * lasting
+
+
+def _undecay(plan, place, dbefore, dafter, dthrough, spans, own=False):
     """The gradient of the logarithm of each token's retention, from all the products it is in.
 
     Only the products that it is in are summed: where it is nearly zero they are, too, and the
-    difference of two large sums would not be.
+    difference of two large sums would not be. `own` products have the token's own retention.
     """
     row, column = _grid(plan.chunk)
-    later, earlier = row < column, row > column
+    later, earlier = row <= column if own else row < column, row > column
     if place is not None:
         same = place.number == place.number.T
         later, earlier = later & same, earlier & same
@@ -725,7 +978,7 @@ def _undecay(plan, place, dbefore, dafter, dthrough, spans):
     if dafter is not None:
         within += jnp.where(earlier, dafter.T, 0)
     if spans is not None:
-        spans = _dot(plan, jnp.where(row < column, 1.0, 0.0), spans)
+        spans = _dot(plan, jnp.where(row <= column if own else row < column, 1.0, 0.0), spans)
         within += jnp.where(row > column, spans, 0)
     dlog = jnp.sum(within, 1, keepdims=True)
     if place is not None and dthrough is not None:
@@ -745,7 +998,7 @@ def _ungate(plan, notes, dstep, dlog):
     column = jax.lax.broadcasted_iota(jnp.int32, (plan.chunk, GATE_ROWS), 1)
     dlogits = jnp.zeros((plan.chunk, GATE_ROWS), jnp.float32)
     if "eta" in plan.gates:
-        dlogit = dstep * (1 - notes["write"] / plan.write_max)
+        dlogit = dstep * (1 - _gate(plan, notes) / plan.write_max)
         dlogits = jnp.where(column == 0, dlogit, dlogits)
     if "alpha" in plan.gates:
         dlogits = jnp.where(column == 1, dlog * notes["forget"], dlogits)
@@ -840,6 +1093,57 @@ def _column(matrix, index):
     return jnp.sum(jnp.where(column == index, matrix, 0), 1, keepdims=True)
 
 
+def _upright(plan, row):
+    """A row of numbers as a column."""
+    down, across = _grid(plan.chunk)
+    return jnp.sum(jnp.where(down == across, row, 0), 1, keepdims=True)
+
+
+def _passed(plan, place, log):
+    """Sums up logarithms of gates: to a token, with its own, and in the last document."""
+    row, column = _grid(plan.chunk)
+    same = row >= column
+    if place is not None:
+        same = same & (place.number == place.number.T)
+    departure = jnp.sum(jnp.where(same, log.T, 0), 1, keepdims=True)
+    arrival = departure - log
+    ending = log if place is None else jnp.where(place.number == place.last, log, 0)
+    return arrival, departure, jnp.sum(ending, 0, keepdims=True)
+
+
+def _found(plan, key, spread):
+    return _round(plan, spread * _dot(plan, key, key, 1, 1))
+
+
+def _sweep(plan, place, beta, key, decay, after):
+    """Weighs what momentum keeps and what states gain of it."""
+    log = jnp.log(jnp.maximum(beta, SMALLEST))
+    if place is not None:
+        log = jnp.where(place.live, log, 0)
+    _, departure, last = _passed(plan, place, log)
+    carried, left, remains = jnp.exp(departure), jnp.exp(last - departure), jnp.exp(last)
+    row, column = _grid(plan.chunk)
+    seen = row >= column
+    if place is not None:
+        seen = seen & (place.number == place.number.T)
+        carried = jnp.where(place.open, carried, 0)
+        left = jnp.where(place.number == place.last, left, 0)
+        remains = jnp.where(place.last > 0, 0, remains)
+    lasting = jnp.where(seen, jnp.exp(jnp.where(seen, departure - departure.T, 0)), 0)
+    spread = _dot(plan, decay, lasting)
+    return Sweep(
+        found=_found(plan, key, spread),
+        lasting=lasting,
+        carried=carried,
+        spread=spread,
+        swept=jnp.sum(decay * carried.T, 1, keepdims=True),
+        ending=_upright(plan, jnp.sum(lasting * after, 0, keepdims=True)),
+        gained=jnp.sum(after * carried, 0, keepdims=True),
+        left=left,
+        remains=remains,
+    )
+
+
 def _decay(plan, place, arrival, departure):
     """What is left of the write of token s (column) when token t (row) arrives."""
     row, column = _grid(plan.chunk)
@@ -883,6 +1187,20 @@ def _inherited(plan, before, inherit, memories, name, rows):
     if inherit is not None:
         y += inherit * _dot(plan, rows, memories.origin(name), 1, 1)
     return y
+
+
+def _swept(plan, swept, memories, name, rows):
+    """What tokens find of the chunk's first momentum."""
+    return swept * _dot(plan, rows, memories.state(momentum_of(name)), 1, 1)
+
+
+def _reach_of_momentum(plan, lesson):
+    """What a read sees of the chunk's first momentum, and of writes."""
+    sweep = lesson.sweep
+    if plan.read == "token":
+        return sweep.swept, sweep.spread
+    own = jnp.exp(lesson.departure - lesson.arrival)
+    return own * sweep.swept + sweep.carried, own * sweep.spread + sweep.lasting
 
 
 def _reach(plan, lesson):

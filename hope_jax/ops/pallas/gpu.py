@@ -138,7 +138,7 @@ def forward(
     out = (
         jax.ShapeDtypeStruct((batch, time, heads, values), like.dtype),
         states,
-        states if plan.holds else None,
+        _learning(plan, states) if plan.holds else None,
         starts if keep else None,
     )
     return pl.pallas_call(
@@ -192,7 +192,7 @@ def backward(
         notes = _prepare(plan, sequence, starts, dy, launch)
         given = {} if "q" in plan.memories else {"q": notes.pop("dquery")}
         weight = notes.pop("weight", 1)
-        if not plan.consults and sequence.origins is None:
+        if not plan.consults and not plan.momentum and sequence.origins is None:
             dstates, afters = _push_back(plan, sequence, notes, dstates, launch)
             dtokens = _unlearn_at_once(plan, sequence, notes, starts, afters, launch)
             return dtokens | given, dstates, None, None, None
@@ -212,6 +212,7 @@ def _prepare(plan, sequence, starts, dy, launch):
     place, column = (batch, heads, count), (plan.chunk,)
     out = walk.shapes_of_notes(plan, place, keys, values, column, restores)
     recalled = ("ddelta", "dkey", "dstate", "dlog", "dquery", "weight")
+    recalled += ("dwritten", "dmomentum", "dlog_momentum")
     recalled += tuple(
         kind + name for kind in ("delta_", "target_", "scale_") for name in plan.names
     )
@@ -289,7 +290,7 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
             **_how(launch._replace(warps=2 * launch.warps)),
         )(jnp.reshape(i, 1), *operands, *left)
 
-    nothing = jax.tree.map(jnp.zeros_like, sequence.states)
+    nothing = jax.tree.map(jnp.zeros_like, _learning(plan, sequence.states))
     gradients = Gradients(dstates, dheld, None if sequence.origins is None else nothing)
     dues = zeros(walk.shapes_of_share(plan, *widths), 2, learning)
     left = gradients, dues, zeros(walk.shapes_of_slopes(plan, *widths), count)
@@ -354,7 +355,7 @@ def _unlearn_at_once(plan, sequence, notes, starts, afters, launch):
         n, view = pl.program_id(2), _view(plan, launch)
         after = afters["memory"][n].astype(jnp.float32)
         page = _look(plan, view, sequence, starts, n, notes)
-        share, _, _ = chunks.unlearn(plan, *page, "memory", after, None)
+        share, *_ = chunks.unlearn(plan, *page, "memory", after, None, None)
         slopes = chunks.charge(plan, *page[:3], share)
         walk.answer(plan, view, page, n, slopes, dtokens)
 
@@ -387,6 +388,11 @@ def _view(plan, launch):
 
 def _keys(sequence):
     return _like_tokens(sequence).shape[-1]
+
+
+def _learning(plan, states):
+    """The states without their momenta."""
+    return {name: states[name] for name in plan.names}
 
 
 def _like(array):
@@ -518,7 +524,7 @@ def _unlearn_kernel(
         def chunk():
             page = _look(plan, view, sequence, starts, n, notes)
             after, held = owed()
-            share, state, change = walk.unlearn(plan, view, page, dy, n, name, after)
+            share, state, change = walk.unlearn(plan, view, page, gradients, dy, n, name, after)
             walk.settle(plan, view, gradients, name, state, held, [answered, change])
             for ref, part in zip(jax.tree.leaves(dues), jax.tree.leaves(share), strict=True):
                 rows = ref.at[done & 1, place]

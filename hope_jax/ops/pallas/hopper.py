@@ -44,6 +44,7 @@ def takes(plan: Plan, keys: int, values: int) -> bool:
         and (plan.objective, plan.erases, plan.targets) == ("dot", "state", "self")
         and (plan.anchor, plan.normalize, plan.holds) == (True, True, False)
         and plan.read != "chunk"
+        and not plan.momentum
         and plan.operand == jnp.bfloat16
         and (plan.chunk, plan.group, keys, values) == (SIZE, 1, SIZE, SIZE)
     )

@@ -56,7 +56,7 @@ def forward(
     out = (
         jax.ShapeDtypeStruct((*like.shape[:4], values), like.dtype),
         states,
-        states if plan.holds else None,
+        _learning(plan, states) if plan.holds else None,
         starts if keep else None,
     )
     y, *rest = pl.pallas_call(
@@ -120,7 +120,7 @@ def _prepare(plan, sequence, starts, dy, launch):
         out_specs=specs(out),
         name="memory_prepare",
         **_how(launch),
-    )(sequence, starts, starts, dy)
+    )(sequence, starts, _learning(plan, starts), dy)
 
 
 def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
@@ -130,13 +130,13 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
     out = (
         {name: _like(array) for name, array in sequence.tokens.items() if name != "q"},
         states,
-        states if plan.holds else None,
-        None if sequence.origins is None else states,
+        _learning(plan, states) if plan.holds else None,
+        None if sequence.origins is None else _learning(plan, states),
         jax.ShapeDtypeStruct((batch, heads, 1, GATE_ROWS), jnp.float32) if plan.gates else None,
     )
     by_chunk = partial(jax.tree.map, partial(_by_chunk, count=count))
     by_head = partial(jax.tree.map, _by_head)
-    operands = (sequence, notes, dy, dstates, dheld, starts, starts)
+    operands = (sequence, notes, dy, dstates, dheld, starts, _learning(plan, starts))
     return pl.pallas_call(
         partial(_unlearn_kernel, plan),
         out_shape=out,
@@ -206,13 +206,15 @@ def _unlearn_kernel(
             dstates[name][...] = dends[name][...]
             if plan.holds:
                 dheld[name][...] = dends_held[name][...]
+        for name in plan.momenta:
+            dstates[name][...] = dends[name][...]
         for ref in jax.tree.leaves((dorigins, dbias)):
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
     shares, page = [], _look(plan, sequence, starts, openings, n, notes)
     for name in plan.names:
         after, held = walk.owed(plan, sequence, gradients, name, n, dstates[name][...], None)
-        share, state, change = walk.unlearn(plan, VIEW, page, dy, n, name, after)
+        share, state, change = walk.unlearn(plan, VIEW, page, gradients, dy, n, name, after)
         walk.settle(plan, VIEW, gradients, name, state, held, [change])
         shares.append(share)
     whole = jax.tree.map(lambda *parts: sum(parts), *shares)
@@ -225,6 +227,11 @@ def _unlearn_kernel(
     walk.answer(plan, VIEW, page, n, slopes, dtokens)
     if plan.gates:
         dbias[...] += jnp.sum(slopes["gates"], 0, keepdims=True)
+
+
+def _learning(plan, states):
+    """The states without their momenta."""
+    return {name: states[name] for name in plan.names}
 
 
 def _like(array):
@@ -280,7 +287,7 @@ def _starts_specs(plan, starts, count=None):
 
         return pl.BlockSpec((None, None, None, *rest), place)
 
-    openings = {name: opening(name, array) for name, array in starts.items()}
+    openings = {name: opening(name, starts[name]) for name in plan.names}
     return jax.tree.map(partial(_by_chunk, count=count), starts), openings
 
 

@@ -22,7 +22,9 @@ from hope_jax.ops.pallas.chunk import (
     Place,
     Plan,
     Share,
+    Swept,
     Values,
+    momentum_of,
 )
 
 
@@ -35,7 +37,7 @@ class Sequence(NamedTuple):
       last: The number of the last token of a chunk that is not padding; -1 if there is none.
       early: The number of document starts in earlier chunks of the group.
       live: The first and the last chunk that are not all padding, if the plan holds.
-      states: The states before the first token, `[B, H, V, K]` in float32.
+      states: The states before the first token, `[B, H, V, K]` in float32, and the momenta.
       held: What the first tokens project with, if they are not the first of their group.
       origins: Where the states return to, `[H, V, K]`, as operands.
       bias: Of the gates, `[H, 1, GATE_ROWS]`.
@@ -90,6 +92,7 @@ def shapes_of_notes(
         "key": (plan.chunk, keys),
         "value": (plan.chunk, values),
         "gates": (plan.chunk, GATE_ROWS),
+        "pairs": (plan.chunk, plan.chunk),
         "state": (values, keys),
         "column": column,
         "number": (1, 1),
@@ -110,7 +113,8 @@ def shapes_of_slopes(plan: Plan, keys: int, values: int) -> dict[str, jax.ShapeD
     if plan.gates:
         shapes["gates"] = jax.ShapeDtypeStruct((plan.chunk, GATE_ROWS), jnp.float32)
     column = jax.ShapeDtypeStruct((plan.chunk,), jnp.float32)
-    return shapes | {name: column for name in ("eta", "alpha") if name not in plan.gates}
+    given = tuple(name for name in ("eta", "alpha") if name not in plan.gates)
+    return shapes | dict.fromkeys(given + (("beta",) if plan.momentum else ()), column)
 
 
 def shapes_of_share(plan: Plan, keys: int, values: int) -> Share:
@@ -122,9 +126,14 @@ def shapes_of_share(plan: Plan, keys: int, values: int) -> Share:
     def tile(width):
         return rows(width, dtype=plan.operand)
 
-    erased = None if plan.erases == "nothing" else Erased(rows(), rows(), tile(plan.chunk))
     number: Any = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    return Share(tile(keys), tile(values), rows(), rows(), rows(), number, erased)
+    erased = met = pairs = swept = None
+    if plan.erases != "nothing":
+        erased = Erased(rows(), rows(), tile(plan.chunk))
+        met, pairs = rows(), tile(plan.chunk)
+    if plan.momentum:
+        swept = Swept(rows(), rows(), rows(), number, rows(), number, met, pairs)
+    return Share(tile(keys), tile(values), rows(), rows(), rows(), number, erased, swept)
 
 
 class Page(NamedTuple):
@@ -236,6 +245,8 @@ def begin_forward(plan, view, sequence, ends, ends_held):
         ends[name][...] = sequence.states[name][...]
         if plan.holds:
             ends_held[name][...] = sequence.held[name][...]
+    for name in plan.momenta:
+        ends[name][...] = sequence.states[name][...]
     view.fence()
 
 
@@ -246,15 +257,20 @@ def forward(plan, view, sequence, n, y, ends, ends_held, starts):
     held = ends_held if plan.holds else ends
     page = look(plan, view, sequence, n, *(lambda name, m=m: m[name][...] for m in (ends, held)))
     place, memories = page.place, page.memories
-    for name in plan.names if starts is not None else ():
+    for name in plan.names + plan.momenta if starts is not None else ():
         starts[name][view.item(n)] = memories.state(name)
     lesson = chunks.attend(plan, page.tokens, place, memories, _bias(sequence))
     for name in plan.names:
-        _, _, delta = chunks.teach(plan, lesson, place, memories, name)
+        _, _, written, delta = chunks.teach(plan, lesson, place, memories, name)
         if name == "memory":
-            part = chunks.read(plan, lesson, place, memories, delta)
+            part = chunks.read(plan, lesson, place, memories, written, delta)
             y[view.rows(n)] = part.astype(y.dtype)
-        after = chunks.advance(plan, lesson, memories, name, ends[name][...], delta)
+        after = chunks.advance(plan, lesson, memories, name, ends[name][...], written, delta)
+        if lesson.sweep is not None:
+            momentum = ends[momentum_of(name)][...]
+            after += lesson.sweep.gained * momentum
+            momentum = chunks.advance_momentum(plan, lesson, momentum, written)
+            _put(view, ends[momentum_of(name)], momentum)
         _put(view, ends[name], after)
 
 
@@ -289,7 +305,7 @@ class Gradients(NamedTuple):
     """Where the gradients of the memories of one head are summed, by name.
 
     Attributes:
-      states: Of the states after, then before the tokens.
+      states: Of the states after, then before the tokens, and of the momenta.
       held: Of what is held by the last tokens, then by the first; None unless the plan holds.
       origins: Of the origins; None without.
     """
@@ -322,13 +338,21 @@ def owed(plan, sequence, gradients, name, n, after, answered):
     return after + jnp.where(renews, held, 0), jnp.where(renews, 0, held)
 
 
-def unlearn(plan, view, page: Page, dy, n, name, after) -> tuple[Share, Array, Change]:
-    """Hands the gradient of one memory after chunk n back through it; see `chunk.unlearn`."""
-    place, grad = page.place, None
+def unlearn(plan, view, page: Page, gradients, dy, n, name, after) -> tuple[Share, Array, Change]:
+    """Hands the gradient of one memory after chunk n back through it; see `chunk.unlearn`.
+
+    That of its momentum is stored.
+    """
+    place, grad, momentum = page.place, None, None
     if plan.read == "chunk":
         grad = dy[view.rows(n)]
         grad = grad if place is None else jnp.where(place.live, grad, 0)
-    return chunks.unlearn(plan, *page, name, after, grad)
+    if plan.momentum:
+        momentum = gradients.states[momentum_of(name)][...]
+    share, state, momentum, change = chunks.unlearn(plan, *page, name, after, momentum, grad)
+    if momentum is not None:
+        _put(view, gradients.states[momentum_of(name)], momentum)
+    return share, state, change
 
 
 def settle(plan, view, gradients, name, state, held, changes):
