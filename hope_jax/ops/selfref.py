@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hope_jax.ops import recurrence, selfref_fused
 from hope_jax.ops.dispatch import Form, launch_refusal, pick, platform
 from hope_jax.ops.pallas import gpu, one_token, tpu
+from hope_jax.ops.pallas.chunk import momentum_of
 from hope_jax.ops.recurrence import Factor, Path
 
 GATES = ("eta", "alpha")
@@ -289,17 +290,21 @@ def _each_head(setting, initial, biases, memory, x, views, start):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_one_pass(setting, initial, biases, memory, x, views, start):
     """The same by the kernel."""
-    token = one_token.Token(x, *views[:5], None if start is None else start.astype(jnp.int32))
-    state, held, initial = (
+    token = one_token.Token(x, *views, None if start is None else start.astype(jnp.int32))
+    state, momenta, held, initial = (
         {name: matrices[0] for name, matrices in tree.items()}
-        for tree in (memory.state, memory.held, initial)
+        for tree in (memory.state, memory.momentum or {}, memory.held, initial)
     )
-    state, held, y = one_token.step(
-        selfref_fused.plan_of(x, views, setting), state, held, memory.position, token, initial,
-        biases, interpret=platform() != "gpu",
+    momenta = {momentum_of(name): momentum for name, momentum in momenta.items()}
+    after, held, y = one_token.step(
+        selfref_fused.plan_of(x, views, setting), state | momenta, held, memory.position, token,
+        initial, biases, interpret=platform() != "gpu",
     )  # fmt: skip
-    state, held = ({name: (m,) for name, m in tree.items()} for tree in (state, held))
-    return SelfReferentialMemory(memory.position + 1, state, None, held), y
+    momentum = None
+    if momenta:
+        momentum = {name: (after[momentum_of(name)],) for name in held}
+    state, held = ({name: (tree[name],) for name in held} for tree in (after, held))
+    return SelfReferentialMemory(memory.position + 1, state, momentum, held), y
 
 
 def _in_one_pass_forward(setting, *call):
@@ -315,11 +320,9 @@ _in_one_pass.defvjp(_in_one_pass_forward, _in_one_pass_backward)
 
 def _refuses_stepping(x, views, biases, initial, memory, starts, setting):
     """Says why the kernel for single tokens does not take a call, or None if it does."""
-    del x, biases, memory, starts, setting
+    del x, views, biases, memory, starts, setting
     if any(len(matrices) == 2 for matrices in initial.values()):
         return "the kernel takes linear memories, got an MLP"
-    if views.momentum is not None:
-        return "the kernel takes memories without momentum"
     return launch_refusal() or one_token.refusal(*initial["memory"][0].shape[:-3:-1])
 
 
