@@ -2,7 +2,9 @@
 
 A program has some features of a piece of a row and goes through its tokens one by one, so that the
 last window - 1 of them, and what they are owed, stay in registers. Only at the ends of its piece
-are tokens read, or sigmoids computed, that others have too.
+are tokens read, or sigmoids computed, that others have too. Tokens become float32 when it is their
+turn, and masks of documents are left out of blocks that need none: registers and instructions are
+what keeps a kernel from the speed of memory.
 
     forward     2 window + 4 FLOPs and one exponential a number; read and written once
     backward    6 window + 8 FLOPs and one exponential a number; two read, one written
@@ -13,6 +15,7 @@ At 2 bytes a number both are bound by memory: 8 x 4,096 tokens of 2 x 1,024 feat
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,30 +63,35 @@ def forward(
     out = jax.ShapeDtypeStruct((batch, time, features), x.dtype)
     return [
         pl.pallas_call(
-            partial(_forward_kernel, part), out_shape=out, grid=grid, interpret=interpret,
+            partial(_forward_kernel, part, Arithmetic(interpret)),
+            out_shape=out, grid=grid, interpret=interpret,
             name="convolution_forward", compiler_params=options,
         )(x, kernel, age)
         for part in range(kernel.shape[1])
     ]  # fmt: skip
 
 
-def _forward_kernel(part, x, kernel, age, y):
+def _forward_kernel(part, use, x, kernel, age, y):
     b, first, columns = _place(x.shape[3], x.shape[1])
     window = kernel.shape[0]
     weights = [kernel[back, part, columns].astype(jnp.float32) for back in range(window)]
 
     def token(t, past, number, old):
-        mixed = _mix(weights, number, past, old)
-        y[b, t, columns] = (mixed * jax.nn.sigmoid(mixed)).astype(y.dtype)
+        number = number.astype(jnp.float32)
+        mixed = _mix(use, weights, _seen((number, *past), old))
+        y[b, t, columns] = (mixed * use.sigmoid(mixed)).astype(y.dtype)
         return (number, *past)[: window - 1]
 
     def block(i, past):
         start = first + i * BLOCK
-        numbers = [_number(x, b, start + r, part, columns) for r in range(BLOCK)]
-        old = [age[b, start + r] for r in range(BLOCK)]
-        for r in range(BLOCK):
-            past = token(start + r, past, numbers[r], old[r])
-        return past
+        numbers = [x[b, start + r, part, columns] for r in range(BLOCK)]
+
+        def read(past, ages):
+            for r in range(BLOCK):
+                past = token(start + r, past, numbers[r], ages[r])
+            return past
+
+        return _with_ages(age, b, start, window, read, past)
 
     past = _history(x, b, first, part, columns, window)
     jax.lax.fori_loop(0, _piece(x.shape[1]) // BLOCK, block, past)
@@ -111,7 +119,7 @@ def backward(
     grid, options = _launch(time, features, batch, count * features)
     pieces = time // _piece(time)
     dx, dkernel = pl.pallas_call(
-        partial(_backward_kernel, parts),
+        partial(_backward_kernel, parts, Arithmetic(interpret)),
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((batch, pieces, window, parts, features), jnp.float32),
@@ -124,12 +132,12 @@ def backward(
     return dx, jnp.sum(dkernel, (0, 1)).astype(kernel.dtype)
 
 
-def _backward_kernel(parts, x, kernel, age, *refs):
+def _backward_kernel(parts, use, x, kernel, age, *refs):
     *slopes, dx, dkernel = refs
     place, groups = _place(x.shape[3], x.shape[1]), x.shape[3] // _width(x.shape[3])
     mine = pl.program_id(0) // groups
     for part, slope in enumerate(slopes):
-        work = _push_back if part < parts else _hand_back
+        work = partial(_push_back, use) if part < parts else _hand_back
 
         @pl.when(mine == part)
         def _(part=part, slope=slope, work=work):
@@ -149,7 +157,7 @@ def _hand_back(place, part, x, kernel, age, slope, dx, dkernel):
     jax.lax.fori_loop(0, _piece(x.shape[1]) // BLOCK, block, None)
 
 
-def _push_back(place, part, x, kernel, age, slope, dx, dkernel):
+def _push_back(use, place, part, x, kernel, age, slope, dx, dkernel):
     b, first, columns = place
     time, window = x.shape[1], kernel.shape[0]
     weights = [kernel[back, part, columns].astype(jnp.float32) for back in range(window)]
@@ -157,29 +165,32 @@ def _push_back(place, part, x, kernel, age, slope, dx, dkernel):
     def token(carry, t, number, owed, old):
         """What is owed for tokens up to t; that for the one window - 1 before is then complete."""
         past, due = carry
-        mixed = _mix(weights, number, past, old)
-        gate = jax.nn.sigmoid(mixed)
-        owed = owed * gate * (1 + mixed * (1 - gate))
-        shares = [weights[0] * owed]
-        shares += [jnp.where(old >= back, weights[back] * owed, 0) for back in range(1, window)]
-        due = [share + before for share, before in zip(shares, (0.0, *due), strict=True)]
+        number, owed = number.astype(jnp.float32), owed.astype(jnp.float32)
+        seen = _seen((number, *past), old)
+        mixed = _mix(use, weights, seen)
+        gate = use.sigmoid(mixed)
+        owed = owed * use.add(mixed * gate, 1 - gate, gate)
+        first_share, *shares = _seen(weights, old)
+        shares = (use.add(share, owed, before) for share, before in zip(shares, due, strict=True))
+        due = [first_share * owed, *shares]
         # The first few are not of this piece: they are written over with those that are.
         dx[b, jnp.maximum(t - window + 1, first), part, columns] = due[-1].astype(dx.dtype)
-        return ((number, *past)[: window - 1], tuple(due[:-1])), owed
+        return ((number, *past)[: window - 1], tuple(due[:-1])), owed, seen
 
     def block(i, carry):
-        walk, totals = carry
         start = first + i * BLOCK
-        numbers = [_number(x, b, start + r, part, columns) for r in range(BLOCK)]
-        owed = [slope[b, start + r, columns].astype(jnp.float32) for r in range(BLOCK)]
-        ages = [age[b, start + r] for r in range(BLOCK)]
-        for r in range(BLOCK):
-            past = (numbers[r], *walk[0])
-            walk, pushed = token(walk, start + r, numbers[r], owed[r], ages[r])
-            seen = [pushed * past[0]]
-            seen += [jnp.where(ages[r] >= n, pushed * past[n], 0) for n in range(1, window)]
-            totals = tuple(total + one for total, one in zip(totals, seen, strict=True))
-        return walk, totals
+        numbers = [x[b, start + r, part, columns] for r in range(BLOCK)]
+        owed = [slope[b, start + r, columns] for r in range(BLOCK)]
+
+        def push(carry, ages):
+            walk, totals = carry
+            for r in range(BLOCK):
+                walk, pushed, seen = token(walk, start + r, numbers[r], owed[r], ages[r])
+                pairs = zip(seen, totals, strict=True)
+                totals = tuple(use.add(pushed, number, total) for number, total in pairs)
+            return walk, totals
+
+        return _with_ages(age, b, start, window, push, carry)
 
     past = _history(x, b, first, part, columns, window)
     zeros = tuple(jnp.zeros(columns.size, jnp.float32) for _ in range(window))
@@ -189,27 +200,71 @@ def _push_back(place, part, x, kernel, age, slope, dx, dkernel):
     for after in range(window - 1):  # tokens of the next piece, for what they owe to this one
         t = first + _piece(time) + after
         here = jnp.minimum(t, time - 1)
-        owed = jnp.where(t < time, slope[b, here, columns].astype(jnp.float32), 0)
-        number = _number(x, b, here, part, columns)
-        walk, _ = token(walk, t, number, owed, age[b, here])
+        owed = jnp.where(t < time, slope[b, here, columns], 0)
+        walk, *_ = token(walk, t, x[b, here, part, columns], owed, age[b, here])
 
 
-def _mix(weights, number, past, old):
-    """The sum over the token and those before it that are of its document."""
-    mixed = weights[0] * number
-    for back, before in enumerate(past, 1):
-        mixed += jnp.where(old >= back, weights[back] * before, 0)
+def _with_ages(age, b, start, window, work, carry):
+    """Works on a block given the tokens' ages, None for all where none is too young to matter."""
+    eldest = age[b, start]
+    one_document = age[b, start + BLOCK - 1] == eldest + BLOCK - 1
+    return jax.lax.cond(
+        one_document & (eldest >= window - 1),
+        lambda carry: work(carry, [None] * BLOCK),
+        lambda carry: work(carry, [age[b, start + r] for r in range(BLOCK)]),
+        carry,
+    )
+
+
+def _seen(values, old):
+    """Values for a token and those before it, zero for those that are not of its document."""
+    if old is None:
+        return list(values)
+    return [
+        jnp.where(old >= back, value, 0) if back else value for back, value in enumerate(values)
+    ]
+
+
+def _mix(use, weights, seen):
+    mixed = weights[0] * seen[0]
+    for weight, number in zip(weights[1:], seen[1:], strict=True):
+        mixed = use.add(weight, number, mixed)
     return mixed
 
 
-def _number(x, b, t, part, columns):
-    return x[b, t, part, columns].astype(jnp.float32)
+class Arithmetic(NamedTuple):
+    """Instructions that the compiler of kernels does not find; interpreted, what they compute."""
+
+    interpret: bool
+
+    def add(self, a, b, c):
+        """A product and a sum in one."""
+        return a * b + c if self.interpret else _instruct("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+    def sigmoid(self, x):
+        """The sigmoid, but for the last digits."""
+        if self.interpret:
+            return jax.nn.sigmoid(x)
+        power = _instruct("ex2.approx.ftz.f32 $0, $1;", x * -math.log2(math.e))
+        return _instruct("rcp.approx.ftz.f32 $0, $1;", 1 + power)
+
+
+def _instruct(instruction, *args):
+    (found,) = triton.elementwise_inline_asm(
+        instruction,
+        args=args,
+        constraints=",".join(["=f"] + ["f"] * len(args)),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)],
+    )
+    return found
 
 
 def _history(x, b, first, part, columns, window):
     """The tokens before a piece, the last one first; before the first piece, any numbers."""
     return tuple(
-        _number(x, b, jnp.maximum(first - back, 0), part, columns) for back in range(1, window)
+        x[b, jnp.maximum(first - back, 0), part, columns].astype(jnp.float32)
+        for back in range(1, window)
     )
 
 
