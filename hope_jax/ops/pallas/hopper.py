@@ -214,8 +214,12 @@ class Desk(NamedTuple):
             return total[...]
 
         if start is None:
-            return pl.run_scoped(begin, mosaic.ACC(SQUARE, jnp.float32))
-        return pl.run_state(multiply)(mosaic.ACC.init(start))
+            total = pl.run_scoped(begin, mosaic.ACC(SQUARE, jnp.float32))
+        else:
+            total = pl.run_state(multiply)(mosaic.ACC.init(start))
+        # Else LLVM may compute with the sum before it has been waited for; if it does, ptxas up to
+        # 13.0 lets no product of the kernel begin before the last one has ended.
+        return jax.lax.optimization_barrier(total)
 
 
 def put(place: Any, value: Array) -> None:
