@@ -22,6 +22,9 @@ from hope_jax.ops.dispatch import platform
 from hope_jax.ops.pallas import gpu
 from hope_jax.records import append, record
 
+OPS = ("self_referential", "momentum", "delta", "gated_delta")
+"""`momentum` is `self_referential` with it."""
+
 KERNELS = {"gpu": "pallas_triton", "cpu": "pallas_triton"}
 
 
@@ -30,7 +33,7 @@ def inputs(op, batch, length, heads, width, seed=0, correlated=False):
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
     tokens = lambda: normal(batch, length, heads, width)  # noqa: E731
-    if op != "self_referential":
+    if op not in ("self_referential", "momentum"):
         unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
         k = tokens() + (3 * normal(1, 1, heads, width) if correlated else 0)
         retain = jax.nn.sigmoid(normal(batch, length, heads) + 5)
@@ -44,19 +47,21 @@ def inputs(op, batch, length, heads, width, seed=0, correlated=False):
         for name, out in shapes.items()
     }
     biases = {"eta_bias": jnp.zeros(heads), "alpha_bias": jnp.full(heads, 5.0)}
-    return {"x": x, "q": tokens(), "initial": initial, **biases}
+    beta = {"beta": normal(batch, length, heads)} if op == "momentum" else {}
+    return {"x": x, "q": tokens(), "initial": initial, **biases, **beta}
 
 
 def call(op, form, chunk, arrays, starts=None):
     """Runs an op; returns what was read and the last state."""
-    if op != "self_referential":
+    if op not in ("self_referential", "momentum"):
         rule = {"delta": "delta", "gated_delta": "gated_delta", "hebbian": "hebbian"}[op]
         arrays = [arrays[name] for name in ("q", "k", "v", "retain", "write")]
         y, memory = fastkv.fast_kv(*arrays, None, starts, rule=rule, chunk=chunk, form=form)
         return y, memory.state
     slow = selfref.Slow(
-        None, None, arrays["q"], None, None, None, arrays["eta_bias"], arrays["alpha_bias"]
-    )
+        None, None, arrays["q"], None, None, arrays.get("beta"),
+        arrays["eta_bias"], arrays["alpha_bias"],
+    )  # fmt: skip
     y, memory = selfref.self_referential(
         arrays["x"], slow, arrays["initial"], None, starts,
         chunk_memory=chunk, chunk_projections=chunk, form=form,
@@ -66,7 +71,7 @@ def call(op, form, chunk, arrays, starts=None):
 
 def narrow(arrays, dtype):
     """Casts what a model computes in its compute dtype; gates and parameters stay float32."""
-    wide = ("initial", "eta_bias", "alpha_bias", "retain", "write")
+    wide = ("initial", "eta_bias", "alpha_bias", "beta", "retain", "write")
     return {
         name: a if name in wide else jax.tree.map(lambda x: x.astype(dtype), a)
         for name, a in arrays.items()
@@ -111,6 +116,10 @@ CHECKS = [
     ("self_referential", "bfloat16", None, (1, 256, 1, 64), 64, "correlated"),
     ("self_referential", "float32", None, (1, 256, 1, 64), 64, ""),
     ("self_referential", "float32", "highest", (1, 96, 1, 16), 16, "starts"),
+    ("momentum", "bfloat16", None, (2, 333, 2, 64), 64, "starts"),
+    ("momentum", "bfloat16", None, (1, 256, 1, 64), 64, "correlated"),
+    ("momentum", "float32", None, (1, 256, 1, 64), 64, ""),
+    ("momentum", "float32", "highest", (1, 96, 1, 16), 16, "starts"),
     ("delta", "bfloat16", None, (2, 333, 2, 64), 64, "starts"),
     ("delta", "float32", None, (2, 256, 2, 64), 64, "correlated"),
     ("gated_delta", "bfloat16", None, (1, 320, 2, 128), 64, ""),
@@ -199,6 +208,7 @@ def time_forms(rows, records, shape, forms, ops):
     batch, length, heads, width = shape
     cases = [("self_referential", "bfloat16", 64, ""), ("delta", "bfloat16", 64, "")]
     cases += [("self_referential", "bfloat16", 64, "starts"), ("gated_delta", "bfloat16", 64, "")]
+    cases += [("momentum", "bfloat16", 64, "")]
     jobs = []
     for op, dtype, chunk, what in [case for case in cases if case[0] in ops]:
         arrays = narrow(inputs(op, *shape), dtype)
@@ -223,7 +233,7 @@ def time_forms(rows, records, shape, forms, ops):
         print(rows[-1], flush=True)
 
 
-def launches(rows, shape):
+def launches(rows, shape, ops):
     """Times the launches through Triton alone, in several ways and over several shapes."""
     batch, length, heads, width = shape
     cases = [
@@ -231,11 +241,13 @@ def launches(rows, shape):
         ("self_referential", shape, 64, 4, 1),
         ("self_referential", shape, 64, 8, 1),
         ("self_referential", shape, 32, 4, 1),
+        ("momentum", shape, 64, 4, 1),
+        ("momentum", shape, 32, 4, 1),
         ("delta", shape, 64, 4, 1),
         ("delta", (batch, length, heads // 2, 2 * width), 64, 8, 1),
     ]
     jobs = []
-    for op, dims, chunk, warps, stages in cases:
+    for op, dims, chunk, warps, stages in [case for case in cases if case[0] in ops]:
         label = f"{op:18} {dims!s:20} C={chunk} warps={warps} stages={stages}"
         try:
             arrays = narrow(inputs(op, *dims), "bfloat16")
@@ -302,8 +314,7 @@ def caught(op, chunk, arrays):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    ops = ("self_referential", "delta", "gated_delta")
-    parser.add_argument("ops", nargs="*", default=ops, help=", ".join(ops))
+    parser.add_argument("ops", nargs="*", default=OPS, help=", ".join(OPS))
     parser.add_argument("--out", help="a JSON file to append records to")
     parser.add_argument("--only", default="time,launch,check", help="parts, by comma")
     parser.add_argument("--forms", default="", help="forms to look at, by comma")
@@ -319,7 +330,7 @@ def main():
         time_forms(rows, records, shape, forms, options.ops)
     if "launch" in parts and platform() == "gpu":
         with mock.patch.object(gpu, "on_hopper", return_value=False):
-            launches(rows, shape)
+            launches(rows, shape, options.ops)
     if "check" in parts:
         check(rows, records, forms, options.ops)
     if options.out:

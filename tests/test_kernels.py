@@ -269,6 +269,19 @@ def test_bfloat16_tokens_keep_two_digits(time):
         assert np.linalg.norm(a - b) < tolerance * np.linalg.norm(a), where
 
 
+def test_what_is_written_and_erased_with_momentum_cancels_before_it_is_rounded():
+    op, (x, slow, initial, biases, _) = self_referential_call(
+        time=256, batch=1, heads=1, chunk=64, width=32, correlated=3.0, momentum=True
+    )
+    rest = initial, biases | {"alpha_bias": jnp.full(1, 6.0)}, None
+    narrow = x.astype(jnp.bfloat16), slow | {"q": slow["q"].astype(jnp.bfloat16)}
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), narrow)
+    _, got, *_ = jax.jit(partial(op, form=KERNEL))(*narrow, *rest)
+    _, expected, *_ = jax.jit(partial(op, form="chunked"))(*wide, *rest)
+    got, expected = got["memory"][0], expected["memory"][0]
+    assert jnp.linalg.norm(got - expected) < 1e-2 * jnp.linalg.norm(expected)
+
+
 def test_gradient_agrees_with_finite_differences():
     op, arguments = self_referential_call(time=20, batch=1, starts=starts_of(20, batch=1))
     weight = normals(3)(1, 20, 2, 16)
@@ -314,7 +327,7 @@ def test_what_the_kernel_does_not_take_is_an_error_that_says_why(chunk, gradient
     ],
 )
 def test_memories_that_do_not_fit_on_chip_are_refused(dtype, precision, width, fits):
-    op, (x, *rest) = self_referential_call(chunk=64, width=width, dtype=dtype)
+    op, (x, *rest) = self_referential_call(chunk=64, width=width, dtype=dtype, momentum=True)
 
     def shape():
         with jax.default_matmul_precision(precision):
@@ -323,7 +336,7 @@ def test_memories_that_do_not_fit_on_chip_are_refused(dtype, precision, width, f
     if fits:
         assert shape().shape == x.shape
     else:
-        with pytest.raises(ValueError, match="on-chip memory does not hold chunks of 64"):
+        with pytest.raises(ValueError, match=r"with \d+ features of 4 memories with momentum"):
             shape()
 
 
@@ -338,6 +351,7 @@ def test_an_older_gpu_has_less_on_chip_memory(monkeypatch):
     )
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert [gpu.fits(plan, plan.operand, width) for width in (64, 128)] == [True, False]
+    assert not gpu.fits(plan._replace(momentum=True), plan.operand, 16)
 
 
 def test_a_mesh_of_several_devices_is_refused():

@@ -137,6 +137,7 @@ def refusal(machine: ModuleType, plan: Plan, dtype: jnp.dtype, *widths: int) -> 
         return f"the kernels take heads of 16, 32, 64 or 128 features, got {got}"
     if not machine.fits(plan, dtype, max(widths)):
         memories = f"{len(plan.names)} {'memories' if len(plan.names) > 1 else 'memory'}"
+        memories += " with momentum" if plan.momentum else ""
         return (
             f"on-chip memory does not hold chunks of {plan.chunk} tokens with {max(widths)} "
             f"features of {memories} in {dtype}"

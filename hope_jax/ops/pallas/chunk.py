@@ -157,14 +157,19 @@ class Place(NamedTuple):
 class Sweep(NamedTuple):
     """How much momentum keeps, and how much of that states gain.
 
+    States gain a write bit by bit. All that they gain of it in the chunk counts as added at once,
+    where what is erased cancels most of it in the solve; what has yet to come is taken back.
+
     Attributes:
       found: What a token (row) finds under its key of each write (column), as an operand; the one
         thing that `prepare` does not note.
       lasting: What the momentum has of the write of token s (column) after token t (row).
       carried: What it then has of the chunk's first momentum.
-      spread: What the state has of the write of token s (column) when token t (row) arrives.
+      mass: All that states gain of a token's write in the chunk, but for their decay.
+      spread: What the state has of the write of token s (column) when token t (row) arrives, less
+        what it would have if all came at once.
       swept: What it then has of the chunk's first momentum.
-      ending: What the last state has of a token's write.
+      ending: What the last state has of a token's write, less the same.
       gained: What the last state has of the first momentum.
       left: What the last momentum has of a token's write.
       remains: What the last momentum has of the first.
@@ -173,6 +178,7 @@ class Sweep(NamedTuple):
     found: Array
     lasting: Array
     carried: Array
+    mass: Array
     spread: Array
     swept: Array
     ending: Array
@@ -296,8 +302,7 @@ def consult(plan, place, memories, name, rows):
 def teach(plan, lesson, place, memories, name):
     """Computes one memory's targets, their scale, what each token writes, and what it adds.
 
-    Both are in front of its key. With momentum the last is only what it takes away: what it writes
-    lasts longer.
+    Both are in front of its key. With momentum it adds all that will come of what it writes.
     """
     target, scale = lesson.value.astype(jnp.float32), None
     if plan.targets == "self":
@@ -310,7 +315,7 @@ def teach(plan, lesson, place, memories, name):
             scale = jax.lax.rsqrt(jnp.sum(square, 1, keepdims=True) + 1e-6)
         target = target * scale
     written = lesson.write * _error(plan, place, memories, name, lesson.key, target)
-    delta = jnp.zeros_like(written) if plan.momentum else written
+    delta = written if lesson.sweep is None else lesson.sweep.mass * written
     if plan.erases != "nothing":
         found = _inherited(plan, lesson.before, lesson.inherit, memories, name, lesson.key)
         if lesson.sweep is not None:
@@ -373,7 +378,7 @@ def notes(plan: Plan, restores: bool) -> dict[str, str]:
         kinds |= {"retain": "column", "erase": "column"}
     if plan.momentum:
         kinds |= {"erase": "column", "pull_write": "key", "lasting": "pairs", "spread": "pairs"}
-        kinds |= dict.fromkeys(("carried", "swept", "ending", "left"), "column")
+        kinds |= dict.fromkeys(("carried", "mass", "swept", "ending", "left"), "column")
         kinds |= dict.fromkeys(("gained", "remains"), "number")
     kinds |= {label: "key" for name, label in LABELS.items() if name in plan.memories}
     if "k" in plan.memories:
@@ -487,7 +492,7 @@ def _settled(plan, lesson, ddelta):
 
 
 def _unwritten(plan, lesson, dwritten, owed):
-    """The gradient of writes, given what is owed along what tokens took away, of what they met."""
+    """The gradient of writes but for `Sweep.mass` times what is owed along what tokens add."""
     if plan.erases == "nothing":
         return dwritten
     return dwritten - _dot(plan, lesson.sweep.found, lesson.erase * owed, 0, 0)
@@ -550,8 +555,9 @@ def _unread_momentum(plan, lesson, place, dspread, dswept):
         dspread, dswept = own * dspread, own * dswept
         dlog = jnp.sum(dspread * sweep.spread, 1, keepdims=True) + dswept * sweep.swept
     decayed, carried, lasting = _unsweep(
-        plan, lesson.decay, sweep.lasting, sweep.carried, dspread, dswept, dlasting, dcarried
-    )
+        plan, lesson.decay, sweep.lasting, sweep.carried, sweep.mass,
+        dspread, dswept, dlasting, dcarried,
+    )  # fmt: skip
     dlog += _undecay(plan, place, None, None, None, decayed)
     return dlog, _undecay(plan, place, carried, None, None, lasting, own=True)
 
@@ -685,7 +691,8 @@ def unlearn(
     key, delta = said["k"], notes["delta_" + name]
     owed = owing = _owed(plan, notes, name, after)
     if plan.momentum:
-        owing = _owing(plan, notes, name, key, after, after_momentum)
+        late = _owed_late(plan, notes, name, key, after, after_momentum)
+        owing = late + notes["mass"] * owed
     dvalue, asked = _untarget(plan, notes, name, said, owing), []
     if plan.targets == "self":
         asked.append((dvalue, said["v"]))
@@ -731,16 +738,16 @@ def unlearn(
     if erased is not None:
         share = share._replace(erased=erased._replace(found=erased.found + found))
     if plan.steps:
-        dstep = jnp.sum(owing * written + owed * delta, 1, keepdims=True)
+        dstep = jnp.sum(late * written + owed * delta, 1, keepdims=True)
         share = share._replace(write=dstep)
     return share, state, momentum, change
 
 
-def _owing(plan, notes, name, key, after, after_momentum):
-    """The gradient of each token's write with momentum; `_owed` is of what it took away."""
-    owing = _dot(plan, notes["pull_write"], after, 1, 1)
-    owing += _dot(plan, notes["left"] * key, after_momentum, 1, 1)
-    return owing + notes["dwritten"] if name == "memory" and "dwritten" in notes else owing
+def _owed_late(plan, notes, name, key, after, after_momentum):
+    """The gradient of each token's write by way of what came late; `_owed` is of what it adds."""
+    late = _dot(plan, notes["pull_write"], after, 1, 1)
+    late += _dot(plan, notes["left"] * key, after_momentum, 1, 1)
+    return late + notes["dwritten"] if name == "memory" and "dwritten" in notes else late
 
 
 def _unlearn_momentum(plan, notes, memories, name, key, written, owed, after, after_momentum):
@@ -843,13 +850,14 @@ def _charge_momentum(plan, tokens, notes, place, key, swept):
     """
     after, lasting, carried = notes["after"], notes["lasting"], notes["carried"]
     decay = _decay(plan, place, notes["arrival"], notes["departure"])
-    ended = jnp.sum(lasting * swept.ending.T, 1, keepdims=True) + swept.gained * carried
+    ended = jnp.sum(lasting * swept.ending.T, 1, keepdims=True) - notes["mass"] * swept.ending
+    ended += swept.gained * carried
     dspread, dswept = jnp.zeros_like(decay), jnp.zeros_like(after)
     if plan.erases != "nothing":
         dspread = -_erase(plan, notes) * swept.pairs * _dot(plan, key, key, 1, 1)
         dswept = swept.swept
     decayed, carried, lasting = _unsweep(
-        plan, decay, lasting, carried, dspread, dswept,
+        plan, decay, lasting, carried, notes["mass"], dspread, dswept,
         after * swept.ending.T, after * swept.gained,
     )  # fmt: skip
     dlog = swept.log + _undecay(plan, place, carried, swept.left, swept.remains, lasting, own=True)
@@ -949,13 +957,13 @@ def _unfound(plan, notes, memories, name, owed):
     return decaying, resting
 
 
-def _unsweep(plan, decay, lasting, carried, dspread, dswept, dlasting, dcarried):
+def _unsweep(plan, decay, lasting, carried, mass, dspread, dswept, dlasting, dcarried):
     """Hands gradients of what states have of momentum to decays and to what momentum has.
 
     Returns:
       The gradients of the logarithms of `decay`, `carried` and `lasting`.
     """
-    ddecay = _dot(plan, dspread, lasting, 1, 1) + dswept * carried.T
+    ddecay = _dot(plan, dspread, lasting, 1, 1) - dspread * mass.T + dswept * carried.T
     dlasting += _dot(plan, decay, dspread, 0, 0)
     dcarried += _upright(plan, jnp.sum(decay * dswept, 0, keepdims=True))
     return decay * ddecay, dcarried * carried, dlasting * lasting
@@ -1051,6 +1059,14 @@ def _dot(plan, a, b, left=1, right=0):
     )  # fmt: skip
 
 
+def _dot_in_full(plan, a, b):
+    """Multiplies operands of which rounding takes nothing that float32 would have kept."""
+    if plan.operand == jnp.float32:
+        return _dot(plan, a, b)
+    a_rest, b_rest = a - _round(plan, a), b - _round(plan, b)
+    return _dot(plan, a, b) + _dot(plan, a, b_rest) + _dot(plan, a_rest, b)
+
+
 def _round(plan, x):
     return x.astype(plan.operand)
 
@@ -1130,14 +1146,16 @@ def _sweep(plan, place, beta, key, decay, after):
         left = jnp.where(place.number == place.last, left, 0)
         remains = jnp.where(place.last > 0, 0, remains)
     lasting = jnp.where(seen, jnp.exp(jnp.where(seen, departure - departure.T, 0)), 0)
-    spread = _dot(plan, decay, lasting)
+    mass = _upright(plan, jnp.sum(lasting, 0, keepdims=True))
+    spread = _dot_in_full(plan, decay, lasting) - decay * mass.T
     return Sweep(
         found=_found(plan, key, spread),
         lasting=lasting,
         carried=carried,
+        mass=mass,
         spread=spread,
         swept=jnp.sum(decay * carried.T, 1, keepdims=True),
-        ending=_upright(plan, jnp.sum(lasting * after, 0, keepdims=True)),
+        ending=_upright(plan, jnp.sum(lasting * after, 0, keepdims=True)) - after * mass,
         gained=jnp.sum(after * carried, 0, keepdims=True),
         left=left,
         remains=remains,
@@ -1199,8 +1217,10 @@ def _reach_of_momentum(plan, lesson):
     sweep = lesson.sweep
     if plan.read == "token":
         return sweep.swept, sweep.spread
+    row, column = _grid(plan.chunk)
     own = jnp.exp(lesson.departure - lesson.arrival)
-    return own * sweep.swept + sweep.carried, own * sweep.spread + sweep.lasting
+    late = sweep.lasting - jnp.where(row == column, sweep.mass, 0)
+    return own * sweep.swept + sweep.carried, own * sweep.spread + late
 
 
 def _reach(plan, lesson):
