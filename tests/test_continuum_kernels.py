@@ -55,3 +55,41 @@ def test_kernels_are_the_reference_in_values_and_gradients(time, documents):
     }
     close(found["pallas_triton"], found["reference"])
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found["pallas_triton"][0]))
+
+
+def test_columns_whose_move_is_not_finite_leave_it_out():
+    (x, values, *rest), _ = random_call(64)
+    slope = jnp.ones_like(values)
+    spoiled = values.at[0, 20, 3].set(jnp.inf)
+    run = jax.jit(jax.grad(partial(loss, form="pallas_triton"), has_aux=True))
+    slopes, (y, after) = run((x, spoiled, *rest), None, slope)
+    assert after.fast.skipped.tolist() == [1, 0]
+    assert after.fast.writes.tolist() == [3, 4]
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((slopes, y, after)))
+    still, (kept, _) = run((x, values, *rest), None, slope)
+    close((y[1], y[0, :, 16:]), (kept[1], kept[0, :, 16:]))  # others than those of its program
+    close(slopes[1][1], still[1][1])
+
+
+@pytest.mark.parametrize("form", ["pallas_triton", "together"])
+def test_in_bfloat16_a_level_is_the_reference_up_to_rounding(form):
+    arrays, starts = random_call(64, jnp.bfloat16)
+    slope = jnp.asarray(np.random.default_rng(1).normal(size=arrays[1].shape), jnp.bfloat16)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float64), arrays)
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=3)
+    expected = run(exact, starts, slope, "reference")
+    with jax.enable_x64(False):
+        found = run(arrays, starts, slope, form)
+    # An answer goes through four roundings by 2^-9 of a number, of deltas, weighed errors, slow
+    # answers and itself, and its gradient through as many again.
+    for leaf, like in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(like.dtype, jnp.floating):
+            error = np.linalg.norm(np.asarray(leaf, np.float64) - like)
+            assert error <= 8 * 2.0**-9 * np.linalg.norm(like)
+
+
+def test_nothing_is_said_of_kernels_where_they_would_be_slower(monkeypatch, caplog):
+    monkeypatch.setattr("hope_jax.ops.dispatch.platform", lambda: "gpu")
+    (x, values, weights, pace), _ = random_call(256)
+    jax.eval_shape(partial(continuum_level, chunk=128), x, values, weights, pace)
+    assert not caplog.records

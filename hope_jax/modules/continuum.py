@@ -8,11 +8,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from hope_jax.modules.layers import RMSNorm, dense, normal, parameter
 from hope_jax.ops.continuum import (
     ACTIVATIONS,
+    KEPT,
     Activation,
     LevelMemory,
     Matrices,
@@ -542,7 +544,8 @@ class ContinuumMemory(nnx.Module):
         y, values = before, [None] * len(self.levels)
         if hasattr(self, "view"):
             (x, seen), y = self.norm.beside(x, y), None
-            values = self._shared_out(dense(seen, self.view[...], self.learns_by))
+            seen = dense(seen, self.view[...], self.learns_by)
+            values = self._shared_out(checkpoint_name(seen, KEPT))
         if not chained and y is not None:
             x = x + y
         inputs = self._shared_out(x)

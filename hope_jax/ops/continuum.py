@@ -25,9 +25,9 @@ UNROLL = 8
 which a loop would copy first."""
 
 KEPT = "continuum_level"
-"""What a policy of rematerialisation may keep of the form "together": the answers, the deltas that
-groups of chunks begin with if they are not many, and what joins chunks of a group. Without, the
-backward pass goes from group to group once more."""
+"""What a policy of rematerialisation may keep: the values and, of the forms for accelerators, the
+answers, the deltas that groups of chunks begin with if they are not many, and what joins chunks of
+a group. Without, the backward pass goes from group to group once more."""
 
 LARGEST = 2
 """Deltas for each token and feature of an answer, up to which they are kept under that name."""
@@ -194,7 +194,10 @@ def continuum_level(
     _check(chunk, outer, pace)
     setting = Setting(chunk, outer, activation, dgd, surprise)
     call = (x, values, weights, pace, memory, starts, setting)
-    return pick(FORMS, form, *call)(*call)
+    forms = FORMS
+    if form == "auto" and chunk > kernels.LONGEST:  # kernels for these would be slower
+        forms = {name: form for name, form in FORMS.items() if name != "pallas_triton"}
+    return pick(forms, form, *call)(*call)
 
 
 def held_level(
@@ -453,7 +456,9 @@ def _from_nothing(setting, pace, weights, tokens, together, recall):
     fast = _fresh(tokens.x, weights, pace).fast
     joined = _joined(setting, weights, whole, together)
     if joined:
-        done = whole // joined * joined
+        # The kernels take chunks in pairs.
+        unit = joined if recall is _recall else 2
+        done = whole // unit * unit
         y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined, recall)
     else:
         done = 1
@@ -563,13 +568,13 @@ class _Group(NamedTuple):
     Attributes:
       hidden: The inputs h.
       slow: What the slow weights answer.
-      wanted: What should have been answered.
+      values: What should have been answered one token before.
       tables: The rest.
     """
 
     hidden: Float[Array, "B S I"]
     slow: Float[Array, "B S O"]
-    wanted: Float[Array, "B S O"]
+    values: Float[Array, "B S O"]
     tables: _Tables
 
 
@@ -597,7 +602,7 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int, recall):
     groups = _Group(
         hidden=tokens.x,
         slow=tokens.slow[:, :, 0],
-        wanted=jnp.pad(tokens.values[:, 1:], ((0, 0), (0, 1), (0, 0))),
+        values=tokens.values,
         tables=jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:]), tables),
     )
     if groups.tables.stay.shape[1] > 1:
@@ -634,7 +639,7 @@ def _answer(gain, group: _Group, mixing, state: tuple[Float[Array, "B I O"], ...
 
 def _taught(gain, group: _Group, y):
     """By how much answers are wrong, over the gain and with what D adds whole; zero for no key."""
-    error = y.astype(_wide(y.dtype)) - group.wanted / gain
+    error = y.astype(_wide(y.dtype)) - _earlier(group.values) / gain
     if gain > 1:
         error = error - (1 - 1 / gain) * group.slow
     return _where(group.tables.keys, error).astype(group.slow.dtype)
@@ -698,7 +703,7 @@ def _group_at(groups: _Group, index) -> _Group:
     return _Group(
         hidden=_time_at(groups.hidden, index, size),
         slow=_time_at(groups.slow, index, size),
-        wanted=_time_at(groups.wanted, index, size),
+        values=_time_at(groups.values, index, size),
         tables=_table_at(groups.tables, index),
     )
 
@@ -848,7 +853,7 @@ def _recall_backward(gain, kept, cotangents):
         decay=d_decay,
         stay=_no_slope(groups.tables.stay),
     )
-    slopes = _Group(hidden=d_hidden, slow=d_y + d_taught, wanted=-d_taught, tables=tables)
+    slopes = _Group(hidden=d_hidden, slow=d_y + d_taught, values=-_later(d_taught), tables=tables)
     return (slopes,)
 
 
@@ -867,7 +872,7 @@ def _recall_fused(gain, groups: _Group):
 
     tokens = kernels.Tokens(
         hidden=groups.hidden,
-        wanted=groups.wanted,
+        values=groups.values,
         read=flat(jnp.where(first[:, None], 0, tables.read[..., 0])),
         write=flat(jnp.where(last[:, None], 0, tables.write[..., 0])),
         decay=jnp.where(last, 1, tables.decay[..., 0, 0]),
@@ -902,7 +907,7 @@ def _read_fused_backward(kept, cotangents):
     )
     d_tokens = kernels.Tokens(
         hidden=d_hidden,
-        wanted=-d_taught,
+        values=-_later(d_taught),
         read=jnp.zeros_like(tokens.read),  # ones and zeros
         write=jnp.where(moved, d_write, 0),
         decay=jnp.where(finite, d_decay, 0),
@@ -1111,8 +1116,7 @@ def _tile(setting, weights, delta: Matrices | None, tokens: _Tokens):
     # A token is the key of the pair that the next one closes.
     keys = jnp.pad(jnp.broadcast_to(pairs, x.shape[:2])[:, 1:], ((0, 0), (0, 1)))
     wide = _wide(x.dtype)
-    wanted = jnp.pad(values[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    error = jnp.where(keys[..., None], y.astype(wide) - wanted.astype(wide), 0)
+    error = jnp.where(keys[..., None], y.astype(wide) - _earlier(values).astype(wide), 0)
     gradient, energy = _backward(setting, weights, delta, opening, path, error, keys)
     taught = Lesson(
         gradient, energy, jnp.sum(error**2, (1, 2)), jnp.sum(keys, -1, dtype=energy[0].dtype)
@@ -1270,6 +1274,16 @@ def _tiles(array, size, count):
     first = array[:, : count * size].reshape(len(array), count, size, *array.shape[2:])[:, :, :1]
     rest = array[:, 1:].reshape(len(array), count, size, *array.shape[2:])
     return jnp.moveaxis(jnp.concatenate([first, rest], 2), 1, 0)
+
+
+def _earlier(array: Float[Array, "B S N"]):
+    """Shifts tokens to the one before; nothing for the last."""
+    return jnp.pad(array[:, 1:], ((0, 0), (0, 1), (0, 0)))
+
+
+def _later(array: Float[Array, "B S N"]):
+    """Shifts tokens to the one behind; nothing for the first."""
+    return jnp.pad(array[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
 
 def _where(mask, array):

@@ -2,8 +2,9 @@
 
 The columns of its matrix learn apart from each other: forward and backward, one program for each
 row and block of columns goes through all chunks with its deltas, or their gradient, in registers,
-and does there what the next chunk waits for. Both are written once for each chunk, in the type of
-the tokens; the other gradients follow from them, for all chunks side by side.
+and does there what the next chunk waits for. Both are written once for each pair of chunks, in the
+type of the tokens; from them and the deltas in between, which are found again, follow the other
+gradients, for all pairs side by side.
 """
 
 from functools import partial
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 PLATFORM = "gpu"
 COLUMNS, WARPS = 32, 4
 """Of the matrix, that a program has where they are sequential, and its warps."""
-ROWS, STEP, ROW_WARPS = 128, 64, 4
+ROWS, STEP, ROW_WARPS = 64, 32, 8
 """Rows of it that a program has where chunks lie side by side, columns at a time, and its warps."""
 STAGES = 2
 LONGEST = 64
@@ -28,18 +29,18 @@ SIZES = (16, 32, 64, 128, 256)
 
 
 class Tokens(NamedTuple):
-    """What a level reads, and what moves do with it; whole chunks.
+    """What a level reads, and what moves do with it; whole pairs of chunks.
 
     Attributes:
       hidden: The inputs h.
-      wanted: What should have been answered.
+      values: What should have been answered one token before.
       read: Whether what a chunk began with is added to the answer.
       write: A pair's share in the move after its chunk; zero where a token is the key of none.
       decay: What the deltas keep at the move after a chunk.
     """
 
     hidden: Float[Array, "B T I"]
-    wanted: Float[Array, "B T O"]
+    values: Float[Array, "B T O"]
     read: Float[Array, "B T"]
     write: Float[Array, "B T"]
     decay: Float[Array, "B N"]
@@ -75,14 +76,14 @@ def answer(
     keep: bool,
     interpret: bool,
 ) -> tuple[
-    Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"], Float[Array, "B N I O"] | None
+    Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"], Float[Array, "B M I O"] | None
 ]:
     """Reads tokens with deltas that move after every chunk, from zero.
 
     Equivalent to, for each chunk:
 
         y = slow + read (h D)
-        D <- decay D - h^T (write (y - wanted))
+        D <- decay D - h^T (write (y - the next token's values))
 
     Args:
       tokens: What is read.
@@ -94,7 +95,7 @@ def answer(
 
     Returns:
       The answers; the deltas after the last chunk; whether moves were finite in all columns; the
-      deltas as chunks began, in the type of the tokens, or None.
+      deltas as pairs of chunks began, in the type of the tokens, or None.
     """
     (batch, time, inputs), outputs, count = tokens.hidden.shape, slow.shape[-1], stay.shape[1]
     width = min(COLUMNS, outputs)
@@ -107,7 +108,7 @@ def answer(
     )
     places = _columns(out[0], width), _columns(out[1], width), _block(out[2])
     if keep:
-        out = *out, jax.ShapeDtypeStruct((batch, count, inputs, outputs), slow.dtype)
+        out = *out, jax.ShapeDtypeStruct((batch, count // 2, inputs, outputs), slow.dtype)
         places = *places, _deltas(out[3], width)
     y, deltas, finite, *before = pl.pallas_call(
         partial(_answer_kernel, time // count),
@@ -127,23 +128,23 @@ def unlearn(
     d_deltas: Float[Array, "B I O"],
     *,
     interpret: bool,
-) -> tuple[Float[Array, "B T O"], Float[Array, "B T O"], Float[Array, "B N I O"]]:
+) -> tuple[Float[Array, "B T O"], Float[Array, "B T O"], Float[Array, "B M I O"]]:
     """Hands the gradient of the deltas back from chunk to chunk.
 
     Args:
-      tokens: What was read; not what was wanted.
+      tokens: What was read; not the values.
       d_y: The gradient of the answers.
       d_deltas: That of the deltas after the last chunk.
       interpret: As for `answer`.
 
     Returns:
       Gradients in the type of the tokens: of the answers before any of them were taught; of what is
-      taught, `answer - wanted`, a part of the former; of the deltas after each chunk.
+      taught, `answer - values`, a part of the former; of the deltas after each pair of chunks.
     """
     (batch, time, outputs), (inputs, count) = d_y.shape, (d_deltas.shape[1], tokens.decay.shape[1])
     width = min(COLUMNS, outputs)
     like = jax.ShapeDtypeStruct(d_y.shape, d_y.dtype)
-    deltas = jax.ShapeDtypeStruct((batch, count, inputs, outputs), d_y.dtype)
+    deltas = jax.ShapeDtypeStruct((batch, count // 2, inputs, outputs), d_y.dtype)
     token = _columns(like, width)
     return pl.pallas_call(
         partial(_unlearn_kernel, time // count),
@@ -159,9 +160,9 @@ def unlearn(
 def charge(
     tokens: Tokens,
     y: Float[Array, "B T O"],
-    before: Float[Array, "B N I O"],
+    before: Float[Array, "B M I O"],
     d_answer: Float[Array, "B T O"],
-    d_after: Float[Array, "B N I O"],
+    d_after: Float[Array, "B M I O"],
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "B T I"], Float[Array, "B T"], Float[Array, "B N"]]:
@@ -170,18 +171,18 @@ def charge(
     Args:
       tokens: What was read.
       y: The answers.
-      before: The deltas as chunks began.
+      before: The deltas as pairs of chunks began.
       d_answer: The gradient of the answers before any of them were taught.
-      d_after: That of the deltas after each chunk.
+      d_after: That of the deltas after each pair.
       interpret: As for `answer`.
     """
-    batch, count, inputs, outputs = before.shape
-    chunk, high = y.shape[1] // count, min(ROWS, inputs)
-    grid = inputs // high, count, batch
+    batch, pairs, inputs, outputs = before.shape
+    size, high = y.shape[1] // pairs, min(ROWS, inputs)
+    grid = inputs // high, pairs, batch
     wide = tokens.write.dtype
 
     def token(array, *, tiled=False):
-        shape = None, chunk, high if tiled else array.shape[-1]
+        shape = None, size, high if tiled else array.shape[-1]
         return pl.BlockSpec(shape, lambda i, n, b: (b, n, i if tiled else 0))
 
     def row(array):
@@ -194,10 +195,10 @@ def charge(
     out = (
         jax.ShapeDtypeStruct(tokens.hidden.shape, y.dtype),
         jax.ShapeDtypeStruct((batch, grid[0], y.shape[1]), wide),
-        jax.ShapeDtypeStruct((batch, grid[0], count), wide),
+        jax.ShapeDtypeStruct((batch, grid[0], 2 * pairs), wide),
     )
-    own = pl.BlockSpec((None, None, chunk), lambda i, n, b: (b, i, n))
-    one = pl.BlockSpec((None, None, count), lambda i, _n, b: (b, i, 0))
+    own = pl.BlockSpec((None, None, size), lambda i, n, b: (b, i, n))
+    one = pl.BlockSpec((None, None, 2 * pairs), lambda i, _n, b: (b, i, 0))
     hidden, write, decay = pl.pallas_call(
         _charge_kernel,
         out_shape=out,
@@ -211,36 +212,50 @@ def charge(
 
 
 def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite, *before):
-    def step(n, state):
+    def step(n, state, *, careful):
         rows = pl.ds(n * chunk, chunk)
         hidden = tokens.hidden[rows, :]
         kept = state.astype(hidden.dtype)
         for place in before:
-            place[n] = kept
+            first = jnp.full(kept.shape, n & 1 == 0)
+            triton.store(place.at[n // 2], kept, mask=first)
         fast = _dot(hidden, kept, state.dtype)
         told = (slow[rows, :] + tokens.read[rows][:, None] * fast).astype(y.dtype)
         y[rows, :] = told
-        taught = _taught_by(tokens, rows, told, tokens.wanted[rows, :])
+        wanted = _next(tokens.values, n * chunk, told.shape)
+        taught = _taught_by(tokens, rows, told, wanted)
+        weighed = (tokens.write[rows][:, None] * taught).astype(hidden.dtype)
+        new = tokens.decay[n] * state - _dot(hidden.T, weighed, state.dtype)
+        if not careful:
+            return new
         largest = jnp.sum(jnp.abs(taught), 1) * size[rows]
         moves = jnp.sum(largest) + jnp.abs(tokens.decay[n]) < jnp.inf
         finite[n] = moves.astype(jnp.int32)
-        weighed = (tokens.write[rows][:, None] * taught).astype(hidden.dtype)
-        move = _dot(hidden.T, weighed, state.dtype)
-        still = jnp.where(stay[n] > 0, state, 0)
-        return jnp.where(moves, tokens.decay[n] * state - move, still)
+        return jnp.where(moves, new, jnp.where(stay[n] > 0, state, 0))
 
-    deltas[...] = jax.lax.fori_loop(0, finite.shape[0], step, jnp.zeros(deltas.shape, deltas.dtype))
+    def read(*, careful):
+        zero = jnp.zeros(deltas.shape, deltas.dtype)
+        return jax.lax.fori_loop(0, finite.shape[0], partial(step, careful=careful), zero)
+
+    state = read(careful=False)
+    deltas[...] = state
+    finite[...] = jnp.ones(finite.shape, finite.dtype)
+
+    # What is not finite stays so: to ask once spares every chunk a sum over the program's threads.
+    @pl.when(jnp.logical_not(jnp.sum(jnp.abs(state)) < jnp.inf))
+    def _():
+        deltas[...] = read(careful=True)
 
 
 def _unlearn_kernel(chunk, tokens, d_y, d_deltas, d_answer, d_taught, d_after):
-    count = d_after.shape[0]
+    count = 2 * d_after.shape[0]
 
     def step(done, d_state):
         n = count - 1 - done
         rows = pl.ds(n * chunk, chunk)
         hidden, wide = tokens.hidden[rows, :], d_state.dtype
         kept = d_state.astype(hidden.dtype)
-        d_after[n] = kept
+        triton.store(d_after.at[n // 2], kept, mask=jnp.full(kept.shape, n & 1 == 1))
         asked = -tokens.write[rows][:, None] * _dot(hidden, kept, wide)
         d_taught[rows, :] = asked.astype(d_taught.dtype)
         asked = (d_y[rows, :] + asked).astype(hidden.dtype)
@@ -252,26 +267,44 @@ def _unlearn_kernel(chunk, tokens, d_y, d_deltas, d_answer, d_taught, d_after):
 
 
 def _charge_kernel(tokens, y, before, d_answer, d_after, d_hidden, d_write, d_decay):
-    n, chunk = pl.program_id(1), y.shape[0]
-    rows = pl.ds(n * chunk, chunk)
-    size, wide = min(STEP, y.shape[1]), d_write.dtype
+    first = 2 * pl.program_id(1)
+    chunk, wide = y.shape[0] // 2, d_write.dtype
+    size = min(STEP, y.shape[1])
+    own = [pl.ds(n * chunk, chunk) for n in range(2)]
+    rows = [pl.ds((first + n) * chunk, chunk) for n in range(2)]
+    hidden = [tokens.hidden[place, :] for place in own]
+    read, write = ([table[place] for place in rows] for table in (tokens.read, tokens.write))
 
     def step(k, sums):
-        seen, learned, kept = sums
         part = pl.ds(k * size, size)
-        old, new = before[:, part], d_after[:, part]
-        taught = _taught_by(tokens, rows, y[:, part], tokens.wanted[:, part]).astype(old.dtype)
-        seen = seen + _dot(d_answer[:, part], old.T, wide)
-        learned = learned + _dot(taught, new.T, wide)
-        return seen, learned, kept + jnp.sum(old.astype(wide) * new.astype(wide), 1)
+        old, new, asked = before[:, part], d_after[:, part], [d_answer[o, part] for o in own]
+        told = [y[place, part] for place in own]
+        wanted = [_next(tokens.values, n * chunk, told[n].shape, k * size) for n in range(2)]
+        taught = [
+            _taught_by(tokens, rows[n], told[n], wanted[n]).astype(old.dtype) for n in range(2)
+        ]
+        weighed = (write[0][:, None] * taught[0]).astype(old.dtype)
+        moved = tokens.decay[first] * old.astype(wide) - _dot(hidden[0].T, weighed, wide)
+        d_read = (read[1][:, None] * asked[1]).astype(old.dtype)
+        d_moved = tokens.decay[first + 1] * new.astype(wide) + _dot(hidden[1].T, d_read, wide)
+        states = [(old, d_moved.astype(old.dtype)), (moved.astype(old.dtype), new)]
+        return tuple(
+            (
+                seen + _dot(asked[n], states[n][0].T, wide),
+                learned + _dot(taught[n], states[n][1].T, wide),
+                kept + jnp.sum(states[n][0].astype(wide) * states[n][1].astype(wide), 1),
+            )
+            for n, (seen, learned, kept) in enumerate(sums)
+        )
 
-    zero = jnp.zeros(d_hidden.shape, wide)
-    sums = zero, zero, jnp.zeros(before.shape[0], wide)
-    seen, learned, kept = jax.lax.fori_loop(0, y.shape[1] // size, step, sums)
-    told = tokens.read[rows][:, None] * seen - tokens.write[rows][:, None] * learned
-    d_hidden[...] = told.astype(d_hidden.dtype)
-    d_write[...] = -jnp.sum(tokens.hidden[...].astype(wide) * learned, 1)
-    d_decay[n] = jnp.sum(kept)
+    zero = jnp.zeros((chunk, before.shape[0]), wide)
+    sums = ((zero, zero, jnp.zeros(before.shape[0], wide)),) * 2
+    sums = jax.lax.fori_loop(0, y.shape[1] // size, step, sums)
+    for n, (seen, learned, kept) in enumerate(sums):
+        told = read[n][:, None] * seen - write[n][:, None] * learned
+        d_hidden[own[n], :] = told.astype(d_hidden.dtype)
+        d_write[own[n]] = -jnp.sum(hidden[n].astype(wide) * learned, 1)
+        d_decay[first + n] = jnp.sum(kept)
 
 
 def _taught_by(tokens: Any, rows: Any, told: Any, wanted: Any) -> Any:
@@ -279,6 +312,12 @@ def _taught_by(tokens: Any, rows: Any, told: Any, wanted: Any) -> Any:
     wide = tokens.write.dtype
     error = (told.astype(wide) - wanted.astype(wide)).astype(told.dtype).astype(wide)
     return jnp.where(tokens.write[rows][:, None] != 0, error, 0)
+
+
+def _next(values: Any, first: Any, shape: tuple[int, int], column: Any = 0) -> Any:
+    """What tokens from `first` on should have answered: a row further; of the last no matter."""
+    place = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2)]
+    return values[jnp.minimum(first + 1 + place[0], values.shape[0] - 1), column + place[1]]
 
 
 def _dot(a: Any, b: Any, wide: Any) -> Any:
@@ -289,7 +328,7 @@ def _dot(a: Any, b: Any, wide: Any) -> Any:
 def _tokens(tokens, width):
     return Tokens(
         pl.BlockSpec((None, *tokens.hidden.shape[1:]), lambda _o, b: (b, 0, 0)),
-        _columns(tokens.wanted, width),
+        _columns(tokens.values, width),
         _row(tokens.read),
         _row(tokens.write),
         _row(tokens.decay),
