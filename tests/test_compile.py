@@ -151,13 +151,18 @@ def on_tpu(topology, function, *arguments) -> str:
 @needs_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 @pytest.mark.parametrize(
-    ("heads", "width", "dtype", "projections"),
-    [(16, 64, jnp.bfloat16, 64), (32, 64, jnp.bfloat16, 64), (16, 128, jnp.float32, 256)],
-    ids=["150m", "1.3b", "wide float32, two chunks"],
+    ("heads", "width", "dtype", "projections", "momentum"),
+    [
+        (16, 64, jnp.bfloat16, 64, True),
+        (32, 64, jnp.bfloat16, 64, False),
+        (16, 128, jnp.float32, 256, False),
+    ],
+    ids=["150m, momentum", "1.3b", "wide float32, two chunks"],
 )
-def test_memory_kernels_compile_for_a_tpu(topology, heads, width, dtype, projections):
+def test_memory_kernels_compile_for_a_tpu(topology, heads, width, dtype, projections, momentum):
     def loss(x, q, initial, bias, starts):
-        slow = Slow(None, None, q, None, None, None, bias, bias)
+        beta = x[..., 1].astype(jnp.float32) if momentum else None
+        slow = Slow(None, None, q, None, None, beta, bias, bias)
         y, _ = self_referential(
             x, slow, initial, None, starts, chunk_memory=64, chunk_projections=projections,
             form="pallas_tpu",
