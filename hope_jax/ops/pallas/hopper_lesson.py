@@ -16,6 +16,7 @@ from hope_jax.ops.pallas.hopper import (
     BY_ROW,
     MEMORIES,
     SIZE,
+    SQUARE,
     Desk,
     Tiles,
     by_column,
@@ -126,7 +127,11 @@ class Lesson:
     def say(self, n):
         """Phase 1: keys, values, and what the gates let through."""
         tiles = self.fresh(n)
-        said = self.consult(tiles, n, tiles("x"), self.memory)
+        said = jax.lax.cond(
+            self.memory == MAIN,
+            lambda: self.desk.hold(jnp.zeros(SQUARE, jnp.float32)),
+            lambda: self.consult(tiles, n, tiles("x"), self.memory),
+        )
 
         def say_key():
             scale = jax.lax.rsqrt(jnp.sum(said * said, 1) + 1e-6)
@@ -189,10 +194,11 @@ class Lesson:
             corners = (differ >= size) & (differ < 2 * size)
             put(tiles("corner", i), jnp.where(corners, lower, 0.0))
         inverse = jnp.where(differ == 0, 1.0, jnp.where(differ == 1, -lower, 0.0)).astype(operand)
+        mosaic.commit_smem()
         for i in range(len(CORNERS)):
             put(tiles("inverse"), inverse)
-            mosaic.commit_smem()
             half = self.desk.dot((inverse, tiles("corner", i))).astype(operand)
+            mosaic.commit_smem()
             inverse -= self.desk.dot((half, tiles("inverse"))).astype(operand)
         put(tiles("inverse"), inverse)
         mosaic.commit_smem()
@@ -220,18 +226,6 @@ class Lesson:
         found = self.desk.dot((key, turn(tiles("origin", memory))), start=found)
         put(tiles("delta", memory), (target - found) * self.vector("write"))
         mosaic.commit_smem()
-
-    def settle(self, n):
-        """Phases 1 and 2."""
-        self.say(n)
-        pl.when(self.memory == GATES)(lambda: self.invert(n))
-        pl.when(self.memory != GATES)(lambda: self.compare(n, self.memory, waits=True))
-        pl.when(self.memory == KEYS)(lambda: self.compare(n, GATES))
-
-    def settle_again(self, n):
-        """Phases 1 and 2, where the inverse is known."""
-        self.say(n)
-        self.compare(n, self.memory, waits=True)
 
     def reach(self, n):
         """What a read sees: weights of earlier writes, and of the chunk's first state."""

@@ -253,7 +253,8 @@ def _kernel(
         tiles = lesson.fresh(n)
         for barrier in (full.tokens.at[0], *(full.state.at[m] for m in range(4))):
             mosaic.barrier_wait(barrier)
-        lesson.settle_again(n)
+        lesson.say(n)
+        lesson.compare(n, me, waits=True)
         for name in asked[1:]:
             mosaic.barrier_wait(full.tokens.at[asked.index(name)])
         for place, name in ((KEYS, "key"), (VALUES, "value")):
