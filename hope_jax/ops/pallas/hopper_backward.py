@@ -218,10 +218,13 @@ def _unlearn_kernel(
         """Phase 2 of the first warpgroup: what is owed for values."""
         tiles = fresh(i)
         begun = place(n, "open") if plan.segmented else None
-        slope = desk.dot(*((tiles("target", m), tiles("state", m)) for m in every))
-        if begun is not None:
-            slope *= by_row(begun)
-        slope = desk.dot(*((tiles("target", m), tiles("origin", m)) for m in every), start=slope)
+        states, origins = (
+            [(tiles("target", m), tiles(name, m)) for m in every] for name in ("state", "origin")
+        )
+        if begun is None:
+            slope = desk.dot(*states, *origins)
+        else:
+            slope = desk.dot(*origins, start=desk.dot(*states) * by_row(begun))
         meet(together)
         put(tiles("delta", 1), slope)
         put(out["v"].at[i], slope)

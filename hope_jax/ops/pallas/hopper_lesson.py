@@ -119,10 +119,12 @@ class Lesson:
 
     def consult(self, tiles, n, rows, memory):
         """What a memory says of rows; since their document began, its origin."""
-        said = self.desk.dot((rows, self.desk.turn(tiles("state", memory))))
-        if self.plan.segmented:
-            said *= self.place(n, "open")
-        return self.desk.dot((rows, self.desk.turn(tiles("origin", memory))), start=said)
+        state, origin = (
+            (rows, self.desk.turn(tiles(name, memory))) for name in ("state", "origin")
+        )
+        if not self.plan.segmented:
+            return self.desk.dot(state, origin)
+        return self.desk.dot(origin, start=self.desk.dot(state) * self.place(n, "open"))
 
     def say(self, n):
         """Phase 1: keys, values, and what the gates let through."""
