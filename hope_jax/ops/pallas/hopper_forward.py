@@ -13,8 +13,8 @@ The third reads meanwhile: while the last inverts, all but what the chunk's own 
 
 Cost for each token of a head with 64 features: 46 products of two 64 x 64 matrices for a chunk,
 0.38 MFLOPs, and 0.4 kB read and written, 0.5 kB more for `backward`; 0.1 ms of an H100 for the
-one and for the other, for a batch of 8 x 4,096 tokens with 16 heads. It takes 0.8 ms there, 12 us a
-chunk, for the products of a chunk wait for one another, ten of them to invert.
+one and for the other, for a batch of 8 x 4,096 tokens with 16 heads. It takes longer, for the
+products of a chunk wait for one another, ten of them to invert.
 """
 
 from functools import partial
