@@ -154,10 +154,11 @@ def call_of_parts(time, features, parts, window, documents, dtype=jnp.float32):
 @PARTS
 def test_the_kernel_mixes_parts_as_the_equation_does(time, features, parts, window, documents):
     x, kernel, starts = call_of_parts(time, features, parts, window, documents)
+    scales = (0.125, 1.5, 1.0)[:parts]
 
     def run(form):
         def loss(x, kernel):
-            y, memory = mixed_parts(x, kernel, None, starts, form=form)
+            y, memory = mixed_parts(x, kernel, None, starts, scales=scales, form=form)
             return sum(jnp.sum(jnp.sin(a)) for a in (*y, memory)), (y, memory)
 
         grads, values = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)
@@ -166,8 +167,8 @@ def test_the_kernel_mixes_parts_as_the_equation_does(time, features, parts, wind
     expected = run("shifted")
     assert len(expected[0]) == parts + 1
     by_hand = [
-        jax.nn.silu(causal_convolution(x[:, :, p], kernel[:, p], None, starts)[0])
-        for p in range(parts)
+        scale * jax.nn.silu(causal_convolution(x[:, :, p], kernel[:, p], None, starts)[0])
+        for p, scale in enumerate(scales)
     ]
     chex.assert_trees_all_close(expected[0], [*by_hand, x[:, :, parts]], rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(run(KERNEL), expected, rtol=2e-5, atol=2e-5)

@@ -159,8 +159,8 @@ def test_bfloat16_stays_close_to_float32(name):
     logits, _ = jax.jit(half.__call__)(tokens)
     reference, _ = reader(name)(tokens, None, None)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, reference, atol=0.12)
-    assert np.isfinite(logits).all()
+    off = np.sqrt(np.mean((logits - reference) ** 2) / np.mean(reference**2))
+    assert off < 2**-4  # the largest difference alone is a matter of luck
 
 
 @pytest.mark.parametrize(

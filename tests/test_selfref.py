@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hope_jax.modules.self_reference import SelfModifyingTitansConfig
 from hope_jax.ops.fastkv import fast_kv
 from hope_jax.ops.selfref import ADAPTIVE, GATES, SelfReferentialMemory, Slow, self_referential
 
@@ -497,3 +498,11 @@ def test_what_does_not_fit_is_one_clear_error(change, message):
     with pytest.raises(ValueError, match=message):
         # Unwrapped, for what checks types in these tests would be the first to see it.
         inspect.unwrap(self_referential)(x, slow, initial, **(options | change))
+
+
+def test_the_first_tokens_of_a_long_text_have_no_exploding_gradient():
+    layer = SelfModifyingTitansConfig(heads=1).build(64, depth=1, key=jax.random.key(0))
+    x, slope = jax.random.normal(jax.random.key(1), (2, 1, 4096, 64))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(layer(x)[0] * slope)))(x)
+    sizes = jnp.linalg.norm(gradient[0], axis=-1)
+    assert sizes[:64].mean() < 20 * sizes[-64:].mean()

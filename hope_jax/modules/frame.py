@@ -1,6 +1,7 @@
 """The frame around every matrix memory: projections in, short convolution, gated norm out."""
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
 from typing import NamedTuple
 
 import jax
@@ -54,7 +55,8 @@ class Frame(nnx.Module):
 
     All projections are one matrix product; they pass a causal convolution and a SiLU. What the
     heads read is normalised, multiplied by the SiLU of a gate and projected to the model's width,
-    as in Gated DeltaNet (Yang et al., 2025).
+    as in Gated DeltaNet (Yang et al., 2025). Inputs named `short` are divided by the square root of
+    a head's features.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Frame(nnx.Module):
         inputs: Sequence[str],
         gates: Mapping[str, Float[np.ndarray, " H"]],
         convolution: int,
+        short: Sequence[str] = (),
         depth: int,
         key: PRNGKeyArray,
     ):
@@ -74,7 +77,8 @@ class Frame(nnx.Module):
         into, gate, mix, out = jax.random.split(key, 4)
         inner = heads * each
         self.project = Projections(len(inputs) + 1, width, inner, key=into)
-        self.convolution = Convolution(len(inputs), inner, convolution, key=mix)
+        scales = [1 / sqrt(each) if name in short else 1.0 for name in inputs]
+        self.convolution = Convolution(scales, inner, convolution, key=mix)
         if gates:
             self.gates = Gates(jnp.stack([jnp.asarray(b) for b in gates.values()]), width, key=gate)
         self.norm = RMSNorm(each, axis=None)

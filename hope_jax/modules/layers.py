@@ -1,6 +1,7 @@
 """The small parts that every model is made of: parameters, norms, projections, convolution."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from math import sqrt
 from typing import Any, Literal
 
@@ -120,10 +121,14 @@ class Output(nnx.Module):
 
 
 class Convolution(nnx.Module):
-    """A causal depthwise convolution and SiLU; its last inputs are carried from call to call."""
+    """A causal depthwise convolution, SiLU and a scale for each part.
 
-    def __init__(self, parts: int, width: int, window: int, *, key: PRNGKeyArray):
-        self.parts, self.window = parts, window
+    Its last inputs are carried from call to call.
+    """
+
+    def __init__(self, scales: Sequence[float], width: int, window: int, *, key: PRNGKeyArray):
+        self.scales, self.window = tuple(scales), window
+        parts = len(self.scales)
         # Mixes neighbours from the start: what binds a value to the key before it.
         weight = normal(key, (window, parts * width), 1 / sqrt(window))
         self.weight = parameter(weight, (None, "heads"), "vector")
@@ -135,10 +140,11 @@ class Convolution(nnx.Module):
         starts: Starts | None = None,
     ) -> tuple[list[Float[Array, "B T E"]], Float[Array, "B past inner"]]:
         """Mixes the first parts and hands on the others; returns also the inputs to go on with."""
-        weight = self.weight[...].astype(x.dtype).reshape(self.window, self.parts, x.shape[3])
+        weight = self.weight[...].astype(x.dtype).reshape(self.window, len(self.scales), x.shape[3])
         if memory is not None:
             memory = memory.reshape(*memory.shape[:2], *weight.shape[1:])
-        parts, memory = with_halo(mixed_parts, x, weight, memory, starts)
+        op = partial(mixed_parts, scales=self.scales)
+        parts, memory = with_halo(op, x, weight, memory, starts)
         return parts, memory.reshape(*memory.shape[:2], -1)
 
 

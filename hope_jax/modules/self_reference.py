@@ -127,6 +127,11 @@ class SelfModifyingTitans(nnx.Module):
     What the outer optimizer trains is where the memories start, and the slow projections around
     them. Where the memories go from there is a value that comes in and goes out with the call.
 
+    Memories learn at keys of unit length, and are read at inputs of about that length as well:
+    what a gate's memory has learned then moves its logit by about 1 at most. At inputs as long as
+    activations are, gates that write gates are chaotic: with 64 features the gradient of a fresh
+    layer grows some twentyfold from 512 tokens to 4,096, and a tower of nine learns nothing.
+
     References:
       Behrouz et al., "Nested Learning", 2025, sections 8.1-8.3.
     """
@@ -157,6 +162,7 @@ class SelfModifyingTitans(nnx.Module):
             inputs=inputs,
             gates=gates,
             convolution=config.convolution,
+            short=("x",),
             depth=depth,
             key=frame,
         )

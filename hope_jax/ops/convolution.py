@@ -1,5 +1,7 @@
 """A short causal convolution of each feature, which streams and keeps documents apart."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -14,6 +16,7 @@ def mixed_parts(
     memory: Float[Array, "B window-1 P E"] | None = None,
     starts: Bool[Array, "B T"] | None = None,
     *,
+    scales: tuple[float, ...] | None = None,
     form: str = "auto",
 ) -> tuple[list[Float[Array, "B T E"]], Float[Array, "B window-1 P E"]]:
     """Convolves the first P parts of x and passes them through SiLU; hands on the others.
@@ -26,6 +29,7 @@ def mixed_parts(
       kernel: As for `causal_convolution`, of each part.
       memory: As there.
       starts: As there.
+      scales: What each of the P parts is multiplied by; None for nothing.
       form: "auto", "pallas_triton" or "shifted", which "auto" takes for a single token.
 
     Returns:
@@ -33,22 +37,23 @@ def mixed_parts(
     """
     if form == "auto" and x.shape[1] == 1:
         form = "shifted"
-    call = (x, kernel, memory, starts)
+    call = (x, kernel, memory, starts, scales or (1.0,) * kernel.shape[1])
     return pick(FORMS, form, *call)(*call)
 
 
-def _shifted(x, kernel, memory, starts):
+def _shifted(x, kernel, memory, starts, scales):
     window, parts, features = kernel.shape
     joined = x[:, :, :parts].reshape(*x.shape[:2], -1)
     if memory is not None:
         memory = memory.reshape(*memory.shape[:2], -1)
     mixed, memory = causal_convolution(joined, kernel.reshape(window, -1), memory, starts)
     mixed = jnp.split(jax.nn.silu(mixed), parts, axis=-1)
+    mixed = [part if by == 1 else by * part for by, part in zip(scales, mixed, strict=True)]
     rest = [x[:, :, part] for part in range(parts, x.shape[2])]
     return mixed + rest, memory.reshape(*memory.shape[:2], parts, features)
 
 
-def _fused(x, kernel, memory, starts):
+def _fused(x, kernel, memory, starts, scales):
     del memory
     batch, time = x.shape[:2]
     past, parts = kernel.shape[0] - 1, kernel.shape[1]
@@ -57,11 +62,11 @@ def _fused(x, kernel, memory, starts):
     age = index - jax.lax.cummax(begun, axis=1)
     same = jnp.arange(past)[::-1] <= age[:, -1:]
     end = jnp.where(same[:, :, None, None], x[:, time - past :, :parts], 0)
-    return _mixed(x, kernel, age), end
+    return _mixed(x, kernel, age, scales), end
 
 
-def _refuses(x, kernel, memory, starts):
-    del starts
+def _refuses(x, kernel, memory, starts, scales):
+    del starts, scales
     if memory is not None:
         return "the kernel begins without earlier tokens, got a memory"
     reason = launch_refusal()
@@ -78,18 +83,18 @@ FORMS = {
 }
 
 
-@jax.custom_vjp
-def _mixed(x, kernel, age):
-    mixed = kernels.forward(x, kernel, age, interpret=platform() != "gpu")
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _mixed(x, kernel, age, scales):
+    mixed = kernels.forward(x, kernel, age, scales, interpret=platform() != "gpu")
     return mixed + [x[:, :, part] for part in range(kernel.shape[1], x.shape[2])]
 
 
-def _mixed_forward(x, kernel, age):
-    return _mixed(x, kernel, age), (x, kernel, age)
+def _mixed_forward(x, kernel, age, scales):
+    return _mixed(x, kernel, age, scales), (x, kernel, age)
 
 
-def _mixed_backward(residuals, slopes):
-    dx, dkernel = kernels.backward(*residuals, slopes, interpret=platform() != "gpu")
+def _mixed_backward(scales, residuals, slopes):
+    dx, dkernel = kernels.backward(*residuals, scales, slopes, interpret=platform() != "gpu")
     return dx, dkernel, None
 
 

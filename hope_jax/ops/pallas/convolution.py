@@ -44,6 +44,7 @@ def forward(
     x: Float[Array, "B T N E"],
     kernel: Float[Array, "window P E"],
     age: Int[Array, "B T"],
+    scales: tuple[float, ...],
     *,
     interpret: bool,
 ) -> list[Float[Array, "B T E"]]:
@@ -53,6 +54,7 @@ def forward(
       x: The tokens.
       kernel: The weights, that of the token itself first.
       age: How many tokens of its document are before each token.
+      scales: What each part is multiplied by.
       interpret: Whether to interpret the kernel instead of compiling it.
 
     Returns:
@@ -63,15 +65,15 @@ def forward(
     out = jax.ShapeDtypeStruct((batch, time, features), x.dtype)
     return [
         pl.pallas_call(
-            partial(_forward_kernel, part, Arithmetic(interpret)),
+            partial(_forward_kernel, part, scale, Arithmetic(interpret)),
             out_shape=out, grid=grid, interpret=interpret,
             name="convolution_forward", compiler_params=options,
         )(x, kernel, age)
-        for part in range(kernel.shape[1])
+        for part, scale in enumerate(scales)
     ]  # fmt: skip
 
 
-def _forward_kernel(part, use, x, kernel, age, y):
+def _forward_kernel(part, scale, use, x, kernel, age, y):
     b, first, columns = _place(x.shape[3], x.shape[1])
     window = kernel.shape[0]
     weights = [kernel[back, part, columns].astype(jnp.float32) for back in range(window)]
@@ -79,7 +81,7 @@ def _forward_kernel(part, use, x, kernel, age, y):
     def token(t, past, number, old):
         number = number.astype(jnp.float32)
         mixed = _mix(use, weights, _seen((number, *past), old))
-        y[b, t, columns] = (mixed * use.sigmoid(mixed)).astype(y.dtype)
+        y[b, t, columns] = (scale * mixed * use.sigmoid(mixed)).astype(y.dtype)
         return (number, *past)[: window - 1]
 
     def block(i, past):
@@ -101,6 +103,7 @@ def backward(
     x: Float[Array, "B T N E"],
     kernel: Float[Array, "window P E"],
     age: Int[Array, "B T"],
+    scales: tuple[float, ...],
     slopes: list[Float[Array, "B T E"]],
     *,
     interpret: bool,
@@ -111,15 +114,17 @@ def backward(
       x: As for `forward`.
       kernel: As for `forward`.
       age: As for `forward`.
+      scales: As for `forward`.
       slopes: The gradients of all N parts of the output.
       interpret: As for `forward`.
     """
     batch, time, count, features = x.shape
     window, parts, _ = kernel.shape
+    scales = (*scales, *[None] * (count - parts))
     grid, options = _launch(time, features, batch, count * features)
     pieces = time // _piece(time)
     dx, dkernel = pl.pallas_call(
-        partial(_backward_kernel, parts, Arithmetic(interpret)),
+        partial(_backward_kernel, scales, Arithmetic(interpret)),
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((batch, pieces, window, parts, features), jnp.float32),
@@ -132,12 +137,12 @@ def backward(
     return dx, jnp.sum(dkernel, (0, 1)).astype(kernel.dtype)
 
 
-def _backward_kernel(parts, use, x, kernel, age, *refs):
+def _backward_kernel(scales, use, x, kernel, age, *refs):
     *slopes, dx, dkernel = refs
     place, groups = _place(x.shape[3], x.shape[1]), x.shape[3] // _width(x.shape[3])
     mine = pl.program_id(0) // groups
-    for part, slope in enumerate(slopes):
-        work = partial(_push_back, use) if part < parts else _hand_back
+    for part, (scale, slope) in enumerate(zip(scales, slopes, strict=True)):
+        work = _hand_back if scale is None else partial(_push_back, scale, use)
 
         @pl.when(mine == part)
         def _(part=part, slope=slope, work=work):
@@ -157,7 +162,7 @@ def _hand_back(place, part, x, kernel, age, slope, dx, dkernel):
     jax.lax.fori_loop(0, _piece(x.shape[1]) // BLOCK, block, None)
 
 
-def _push_back(use, place, part, x, kernel, age, slope, dx, dkernel):
+def _push_back(scale, use, place, part, x, kernel, age, slope, dx, dkernel):
     b, first, columns = place
     time, window = x.shape[1], kernel.shape[0]
     weights = [kernel[back, part, columns].astype(jnp.float32) for back in range(window)]
@@ -169,7 +174,7 @@ def _push_back(use, place, part, x, kernel, age, slope, dx, dkernel):
         seen = _seen((number, *past), old)
         mixed = _mix(use, weights, seen)
         gate = use.sigmoid(mixed)
-        owed = owed * use.add(mixed * gate, 1 - gate, gate)
+        owed = scale * owed * use.add(mixed * gate, 1 - gate, gate)
         first_share, *shares = _seen(weights, old)
         shares = (use.add(share, owed, before) for share, before in zip(shares, due, strict=True))
         due = [first_share * owed, *shares]
