@@ -456,9 +456,7 @@ def _from_nothing(setting, pace, weights, tokens, together, recall):
     fast = _fresh(tokens.x, weights, pace).fast
     joined = _joined(setting, weights, whole, together)
     if joined:
-        # The kernels take chunks in pairs.
-        unit = joined if recall is _recall else 2
-        done = whole // unit * unit
+        done = whole // joined * joined
         y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined, recall)
     else:
         done = 1

@@ -2,9 +2,8 @@
 
 The columns of its matrix learn apart from each other: forward and backward, one program for each
 row and block of columns goes through all chunks with its deltas, or their gradient, in registers,
-and does there what the next chunk waits for. Both are written once for each pair of chunks, in the
-type of the tokens; from them and the deltas in between, which are found again, follow the other
-gradients, for all pairs side by side.
+and does there what the next chunk waits for. Both are written once for each chunk, in the type of
+the tokens; the other gradients follow from them, for all chunks side by side.
 """
 
 from functools import partial
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 PLATFORM = "gpu"
 COLUMNS, WARPS = 32, 4
 """Of the matrix, that a program has where they are sequential, and its warps."""
-ROWS, STEP, ROW_WARPS = 64, 32, 8
+ROWS, STEP, ROW_WARPS = 128, 64, 4
 """Rows of it that a program has where chunks lie side by side, columns at a time, and its warps."""
 STAGES = 2
 LONGEST = 64
@@ -29,7 +28,7 @@ SIZES = (16, 32, 64, 128, 256)
 
 
 class Tokens(NamedTuple):
-    """What a level reads, and what moves do with it; whole pairs of chunks.
+    """What a level reads, and what moves do with it; whole chunks.
 
     Attributes:
       hidden: The inputs h.
@@ -76,7 +75,7 @@ def answer(
     keep: bool,
     interpret: bool,
 ) -> tuple[
-    Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"], Float[Array, "B M I O"] | None
+    Float[Array, "B T O"], Float[Array, "B I O"], Bool[Array, "B N"], Float[Array, "B N I O"] | None
 ]:
     """Reads tokens with deltas that move after every chunk, from zero.
 
@@ -95,7 +94,7 @@ def answer(
 
     Returns:
       The answers; the deltas after the last chunk; whether moves were finite in all columns; the
-      deltas as pairs of chunks began, in the type of the tokens, or None.
+      deltas as chunks began, in the type of the tokens, or None.
     """
     (batch, time, inputs), outputs, count = tokens.hidden.shape, slow.shape[-1], stay.shape[1]
     width = min(COLUMNS, outputs)
@@ -108,7 +107,7 @@ def answer(
     )
     places = _columns(out[0], width), _columns(out[1], width), _block(out[2])
     if keep:
-        out = *out, jax.ShapeDtypeStruct((batch, count // 2, inputs, outputs), slow.dtype)
+        out = *out, jax.ShapeDtypeStruct((batch, count, inputs, outputs), slow.dtype)
         places = *places, _deltas(out[3], width)
     y, deltas, finite, *before = pl.pallas_call(
         partial(_answer_kernel, time // count),
@@ -128,7 +127,7 @@ def unlearn(
     d_deltas: Float[Array, "B I O"],
     *,
     interpret: bool,
-) -> tuple[Float[Array, "B T O"], Float[Array, "B T O"], Float[Array, "B M I O"]]:
+) -> tuple[Float[Array, "B T O"], Float[Array, "B T O"], Float[Array, "B N I O"]]:
     """Hands the gradient of the deltas back from chunk to chunk.
 
     Args:
@@ -139,12 +138,12 @@ def unlearn(
 
     Returns:
       Gradients in the type of the tokens: of the answers before any of them were taught; of what is
-      taught, `answer - values`, a part of the former; of the deltas after each pair of chunks.
+      taught, `answer - values`, a part of the former; of the deltas after each chunk.
     """
     (batch, time, outputs), (inputs, count) = d_y.shape, (d_deltas.shape[1], tokens.decay.shape[1])
     width = min(COLUMNS, outputs)
     like = jax.ShapeDtypeStruct(d_y.shape, d_y.dtype)
-    deltas = jax.ShapeDtypeStruct((batch, count // 2, inputs, outputs), d_y.dtype)
+    deltas = jax.ShapeDtypeStruct((batch, count, inputs, outputs), d_y.dtype)
     token = _columns(like, width)
     return pl.pallas_call(
         partial(_unlearn_kernel, time // count),
@@ -160,9 +159,9 @@ def unlearn(
 def charge(
     tokens: Tokens,
     y: Float[Array, "B T O"],
-    before: Float[Array, "B M I O"],
+    before: Float[Array, "B N I O"],
     d_answer: Float[Array, "B T O"],
-    d_after: Float[Array, "B M I O"],
+    d_after: Float[Array, "B N I O"],
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "B T I"], Float[Array, "B T"], Float[Array, "B N"]]:
@@ -171,18 +170,18 @@ def charge(
     Args:
       tokens: What was read.
       y: The answers.
-      before: The deltas as pairs of chunks began.
+      before: The deltas as chunks began.
       d_answer: The gradient of the answers before any of them were taught.
-      d_after: That of the deltas after each pair.
+      d_after: That of the deltas after each chunk.
       interpret: As for `answer`.
     """
-    batch, pairs, inputs, outputs = before.shape
-    size, high = y.shape[1] // pairs, min(ROWS, inputs)
-    grid = inputs // high, pairs, batch
+    batch, count, inputs, outputs = before.shape
+    chunk, high = y.shape[1] // count, min(ROWS, inputs)
+    grid = inputs // high, count, batch
     wide = tokens.write.dtype
 
     def token(array, *, tiled=False):
-        shape = None, size, high if tiled else array.shape[-1]
+        shape = None, chunk, high if tiled else array.shape[-1]
         return pl.BlockSpec(shape, lambda i, n, b: (b, n, i if tiled else 0))
 
     def row(array):
@@ -195,10 +194,10 @@ def charge(
     out = (
         jax.ShapeDtypeStruct(tokens.hidden.shape, y.dtype),
         jax.ShapeDtypeStruct((batch, grid[0], y.shape[1]), wide),
-        jax.ShapeDtypeStruct((batch, grid[0], 2 * pairs), wide),
+        jax.ShapeDtypeStruct((batch, grid[0], count), wide),
     )
-    own = pl.BlockSpec((None, None, size), lambda i, n, b: (b, i, n))
-    one = pl.BlockSpec((None, None, 2 * pairs), lambda i, _n, b: (b, i, 0))
+    own = pl.BlockSpec((None, None, chunk), lambda i, n, b: (b, i, n))
+    one = pl.BlockSpec((None, None, count), lambda i, _n, b: (b, i, 0))
     hidden, write, decay = pl.pallas_call(
         _charge_kernel,
         out_shape=out,
@@ -217,8 +216,7 @@ def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite, *before):
         hidden = tokens.hidden[rows, :]
         kept = state.astype(hidden.dtype)
         for place in before:
-            first = jnp.full(kept.shape, n & 1 == 0)
-            triton.store(place.at[n // 2], kept, mask=first)
+            place[n] = kept
         fast = _dot(hidden, kept, state.dtype)
         told = (slow[rows, :] + tokens.read[rows][:, None] * fast).astype(y.dtype)
         y[rows, :] = told
@@ -248,14 +246,14 @@ def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite, *before):
 
 
 def _unlearn_kernel(chunk, tokens, d_y, d_deltas, d_answer, d_taught, d_after):
-    count = 2 * d_after.shape[0]
+    count = d_after.shape[0]
 
     def step(done, d_state):
         n = count - 1 - done
         rows = pl.ds(n * chunk, chunk)
         hidden, wide = tokens.hidden[rows, :], d_state.dtype
         kept = d_state.astype(hidden.dtype)
-        triton.store(d_after.at[n // 2], kept, mask=jnp.full(kept.shape, n & 1 == 1))
+        d_after[n] = kept
         asked = -tokens.write[rows][:, None] * _dot(hidden, kept, wide)
         d_taught[rows, :] = asked.astype(d_taught.dtype)
         asked = (d_y[rows, :] + asked).astype(hidden.dtype)
@@ -267,44 +265,27 @@ def _unlearn_kernel(chunk, tokens, d_y, d_deltas, d_answer, d_taught, d_after):
 
 
 def _charge_kernel(tokens, y, before, d_answer, d_after, d_hidden, d_write, d_decay):
-    first = 2 * pl.program_id(1)
-    chunk, wide = y.shape[0] // 2, d_write.dtype
-    size = min(STEP, y.shape[1])
-    own = [pl.ds(n * chunk, chunk) for n in range(2)]
-    rows = [pl.ds((first + n) * chunk, chunk) for n in range(2)]
-    hidden = [tokens.hidden[place, :] for place in own]
-    read, write = ([table[place] for place in rows] for table in (tokens.read, tokens.write))
+    n, chunk = pl.program_id(1), y.shape[0]
+    rows = pl.ds(n * chunk, chunk)
+    size, wide = min(STEP, y.shape[1]), d_write.dtype
 
     def step(k, sums):
+        seen, learned, kept = sums
         part = pl.ds(k * size, size)
-        old, new, asked = before[:, part], d_after[:, part], [d_answer[o, part] for o in own]
-        told = [y[place, part] for place in own]
-        wanted = [_next(tokens.values, n * chunk, told[n].shape, k * size) for n in range(2)]
-        taught = [
-            _taught_by(tokens, rows[n], told[n], wanted[n]).astype(old.dtype) for n in range(2)
-        ]
-        weighed = (write[0][:, None] * taught[0]).astype(old.dtype)
-        moved = tokens.decay[first] * old.astype(wide) - _dot(hidden[0].T, weighed, wide)
-        d_read = (read[1][:, None] * asked[1]).astype(old.dtype)
-        d_moved = tokens.decay[first + 1] * new.astype(wide) + _dot(hidden[1].T, d_read, wide)
-        states = [(old, d_moved.astype(old.dtype)), (moved.astype(old.dtype), new)]
-        return tuple(
-            (
-                seen + _dot(asked[n], states[n][0].T, wide),
-                learned + _dot(taught[n], states[n][1].T, wide),
-                kept + jnp.sum(states[n][0].astype(wide) * states[n][1].astype(wide), 1),
-            )
-            for n, (seen, learned, kept) in enumerate(sums)
-        )
+        old, new = before[:, part], d_after[:, part]
+        wanted = _next(tokens.values, 0, (chunk, size), k * size)
+        taught = _taught_by(tokens, rows, y[:, part], wanted).astype(old.dtype)
+        seen = seen + _dot(d_answer[:, part], old.T, wide)
+        learned = learned + _dot(taught, new.T, wide)
+        return seen, learned, kept + jnp.sum(old.astype(wide) * new.astype(wide), 1)
 
-    zero = jnp.zeros((chunk, before.shape[0]), wide)
-    sums = ((zero, zero, jnp.zeros(before.shape[0], wide)),) * 2
-    sums = jax.lax.fori_loop(0, y.shape[1] // size, step, sums)
-    for n, (seen, learned, kept) in enumerate(sums):
-        told = read[n][:, None] * seen - write[n][:, None] * learned
-        d_hidden[own[n], :] = told.astype(d_hidden.dtype)
-        d_write[own[n]] = -jnp.sum(hidden[n].astype(wide) * learned, 1)
-        d_decay[first + n] = jnp.sum(kept)
+    zero = jnp.zeros(d_hidden.shape, wide)
+    sums = zero, zero, jnp.zeros(before.shape[0], wide)
+    seen, learned, kept = jax.lax.fori_loop(0, y.shape[1] // size, step, sums)
+    told = tokens.read[rows][:, None] * seen - tokens.write[rows][:, None] * learned
+    d_hidden[...] = told.astype(d_hidden.dtype)
+    d_write[...] = -jnp.sum(tokens.hidden[...].astype(wide) * learned, 1)
+    d_decay[n] = jnp.sum(kept)
 
 
 def _taught_by(tokens: Any, rows: Any, told: Any, wanted: Any) -> Any:
@@ -315,7 +296,7 @@ def _taught_by(tokens: Any, rows: Any, told: Any, wanted: Any) -> Any:
 
 
 def _next(values: Any, first: Any, shape: tuple[int, int], column: Any = 0) -> Any:
-    """What tokens from `first` on should have answered: a row further; of the last no matter."""
+    """What tokens from `first` on should have answered: a row on; of a chunk's last no matter."""
     place = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(2)]
     return values[jnp.minimum(first + 1 + place[0], values.shape[0] - 1), column + place[1]]
 
