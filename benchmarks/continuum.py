@@ -35,7 +35,7 @@ BLOCK = 131072
 def cost(arguments):
     """Times training steps with static levels and with the same levels learning in context."""
     chunks = (64, 256, 1024, 4096)
-    static = tuple(LevelConfig(hidden=hidden) for hidden in arguments.hidden)
+    static = tuple(LevelConfig(hidden=hidden, gated=True) for hidden in arguments.hidden)
     moving = tuple(replace(x, chunk=c) for x, c in zip(static, chunks, strict=True))
     settings = {
         "static": ContinuumConfig(levels=static),
@@ -73,6 +73,7 @@ def cost(arguments):
             "rows": arguments.rows,
             "window": arguments.window,
             "hidden": arguments.hidden,
+            "gated": True,
             "together": arguments.together,
             "remat": arguments.remat,
             "unroll": arguments.unroll,
@@ -278,8 +279,13 @@ def main():
     parser.add_argument("--hidden", type=int, nargs="+")
     parser.add_argument("--window", type=int, default=4096, help="of a training step in `cost`")
     parser.add_argument("--steps", type=int, default=8, help="that are timed in `cost`")
-    parser.add_argument("--remat", default="full", help="of the model in `cost`")
-    parser.add_argument("--unroll", action="store_true", help="its layers, in `cost`")
+    parser.add_argument("--remat", default="none", help="of the model in `cost`")
+    parser.add_argument(
+        "--unroll",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="its layers, in `cost`",
+    )
     parser.add_argument("--together", type=int, default=op.TOGETHER, help="see `ops.continuum`")
     parser.add_argument(
         "--settings", nargs="+", default=["static", "output"], help="static, output, all"
@@ -296,7 +302,7 @@ def main():
     large = arguments.what == "cost"
     arguments.width = arguments.width or (1024 if large else 384)
     arguments.layers = arguments.layers or (9 if large else 4)
-    hidden = arguments.hidden or ([256, 768, 1536, 1664] if large else [384])
+    hidden = arguments.hidden or ([128, 512, 1024, 1152] if large else [384])
     arguments.hidden = hidden if large else hidden[0]
     run = {"cost": cost, "stream": stream, "forgetting": forgetting}[arguments.what]
     append(arguments.out, run(arguments))
