@@ -229,7 +229,7 @@ def _refuses(logits, *others):
         return reason
     if logits.dtype != jnp.float32:
         return f"the kernel takes float32 logits, got {logits.dtype}"
-    return kernels.refusal(logits.shape[-1])
+    return None
 
 
 SCORES = {

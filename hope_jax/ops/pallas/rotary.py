@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-BLOCK, HEADS = 4096, 16
+FORWARD, BACKWARD, HEADS = 4096, 2048, 16
 """The most numbers of a program, if it has more than one token, and the most heads."""
 
 
@@ -49,7 +49,7 @@ def turn(
     batch, time, count, width = joined.shape
     counts = heads, count - heads
     out = tuple(_like(joined, (batch, time, n, width)) for n in counts)
-    parts = _launch(_turn_kernel, "rotary", out, interpret, counts, (joined,), cos, sin)
+    parts = _launch(_turn_kernel, "rotary", FORWARD, out, interpret, counts, (joined,), cos, sin)
     return tuple(x.reshape(like.shape) for x, like in zip(parts, out, strict=True))
 
 
@@ -72,7 +72,7 @@ def turn_back(
     counts = tuple(part.shape[2] for part in parts)
     out = (_like(parts[0], (batch, time, sum(counts), width)),)
     (joined,) = _launch(
-        _turn_back_kernel, "rotary_backward", out, interpret, counts, parts, cos, sin
+        _turn_back_kernel, "rotary_backward", BACKWARD, out, interpret, counts, parts, cos, sin
     )
     return joined.reshape(out[0].shape)
 
@@ -130,7 +130,7 @@ def _like(x, shape):
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _launch(kernel, name, outs, interpret, counts, arrays, cos, sin):
+def _launch(kernel, name, block, outs, interpret, counts, arrays, cos, sin):
     """Calls a kernel on blocks of tokens and heads, with rows of tokens and halves of heads."""
 
     def halved(shape):
@@ -139,7 +139,7 @@ def _launch(kernel, name, outs, interpret, counts, arrays, cos, sin):
     (batch, time, _, width) = arrays[0].shape
     shared = math.gcd(*counts)
     size = min(shared & -shared, HEADS)
-    rows = math.gcd(time, max(BLOCK // (size * width), 1))
+    rows = math.gcd(time, max(block // (size * width), 1))
     return pl.pallas_call(
         partial(kernel, time, counts, rows, size),
         out_shape=[_like(out, halved(out.shape)) for out in outs],
