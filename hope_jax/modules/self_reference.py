@@ -39,8 +39,10 @@ class SelfModifyingTitansConfig:
       frozen: Projections that are slow weights rather than memories, of k, v, q, eta, alpha.
       targets: "self": a memory generates its own targets (eq. 84); "value": v is the target.
       normalize_targets: Whether targets have unit length; without it memories blow up.
-      objective: "dot" (eq. 92) or "l2" (eq. 93, its error frozen at the chunk's start).
-      dgd: Whether updates keep the `- eta k k^T` term of delta gradient descent.
+      objective: "dot" (eq. 92) or "l2" (eq. 93, its error frozen at the chunk's start), whose
+        gradients grow with the window.
+      dgd: Whether updates keep the `- eta k k^T` term of delta gradient descent; without it
+        gradients grow with the window.
       momentum: Whether writes pass a damped momentum.
       anchor: Whether memories decay towards their initial states rather than to zero.
       decay: Whether they decay at all; without it retention is 1 and alpha no memory.
