@@ -1,5 +1,7 @@
 """The continuum of every variant: causal, the same in any split, rows and documents apart."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -153,6 +155,8 @@ def test_deltas_cost_flops_and_static_levels_none():
 def test_a_number_of_levels_is_spread_down_to_the_lowest_frequency():
     spread = SpreadConfig(levels=4, lowest_frequency=4096, hidden=8)
     assert [level.chunk for level in spread.build()] == [64, 256, 1024, 4096]
+    assert not any(level.gated for level in spread.build())
+    assert all(level.gated for level in replace(spread, gated=True).build())
     short = {"spread": {"levels": 3, "lowest_frequency": 512, "hidden": 8}}
     parsed = config.parse(ContinuumConfig, short)
     assert [level.chunk for level in parsed.levels] == [32, 128, 512]

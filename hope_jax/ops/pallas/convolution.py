@@ -6,8 +6,8 @@ are tokens read, or sigmoids computed, that others have too. Tokens become float
 turn, and masks of documents are left out of blocks that need none: registers and instructions are
 what keeps a kernel from the speed of memory.
 
-    forward     2 window + 4 FLOPs and one exponential a number; read and written once
-    backward    6 window + 8 FLOPs and one exponential a number; two read, one written
+    forward     2 window + 5 FLOPs and one exponential a number; read and written once
+    backward    6 window + 9 FLOPs and one exponential a number; two read, one written
 
 At 2 bytes a number both are bound by memory: 8 x 4,096 tokens of 2 x 1,024 features take an H100
 (3.35 TB/s) at least 0.08 and 0.12 ms.
