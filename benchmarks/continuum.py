@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import trace_summary
 from flax import nnx
 
 from hope_jax.models.adapt import Reading, freeze, learn, norms, repeat
@@ -66,6 +67,10 @@ def cost(arguments):
             begin = time.perf_counter()
             state, _ = jax.block_until_ready(step(state, tokens, starts))
             times.append(time.perf_counter() - begin)
+        if arguments.profile:
+            with jax.profiler.trace(f"{arguments.profile}/{name}"):
+                state, _ = jax.block_until_ready(step(state, tokens, starts))
+            print(trace_summary.table(f"{arguments.profile}/{name}"))
         best = 1e3 * min(times)
         base = base or best
         notes = {
@@ -279,6 +284,7 @@ def main():
     parser.add_argument("--hidden", type=int, nargs="+")
     parser.add_argument("--window", type=int, default=4096, help="of a training step in `cost`")
     parser.add_argument("--steps", type=int, default=8, help="that are timed in `cost`")
+    parser.add_argument("--profile", help="a folder for traces of `cost`")
     parser.add_argument("--remat", default="none", help="of the model in `cost`")
     parser.add_argument(
         "--unroll",
