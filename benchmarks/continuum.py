@@ -47,7 +47,7 @@ def cost(arguments):
     tokens = np.random.default_rng(0).integers(0, 32000, shape).astype(np.int32)
     starts = np.zeros(shape, bool)
     starts[:, :: arguments.window // 3] = True
-    found, base = [], None
+    base = None
     for name in arguments.settings:
         model = ModelConfig(
             mixer=SelfModifyingTitansConfig(heads=arguments.width // 64),
@@ -59,14 +59,15 @@ def cost(arguments):
             remat=arguments.remat,
             unroll=arguments.unroll,
         )
-        step, state = training_step(model.build(), optax.adamw(1e-4))
-        state, _ = step(state, tokens, starts)
+        begin, step = training(model, optax.adamw(1e-4))
+        step = jax.jit(step, donate_argnums=0)
+        state, _ = step(jax.jit(begin)(0), tokens, starts)
         jax.block_until_ready(state)
         times = []
         for _ in range(arguments.steps):
-            begin = time.perf_counter()
+            then = time.perf_counter()
             state, _ = jax.block_until_ready(step(state, tokens, starts))
-            times.append(time.perf_counter() - begin)
+            times.append(time.perf_counter() - then)
         if arguments.profile:
             with jax.profiler.trace(f"{arguments.profile}/{name}"):
                 state, _ = jax.block_until_ready(step(state, tokens, starts))
@@ -87,89 +88,83 @@ def cost(arguments):
             "peak_gigabytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
             / 1e9,
         }
-        found.append(show(record(f"continuum/cost/{name}", best, "ms/step", notes)))
+        yield record(f"continuum/cost/{name}", best, "ms/step", notes)
         del state
-    return found
 
 
 def stream(arguments):
     """Scores long streams with every number of levels and lowest frequency, clock on and off."""
     texts = domains(arguments)
-    found = []
-    for seed in range(arguments.seeds):
-        static = trained(arguments, static_levels(arguments), seed)
-        for number, lowest in [(0, 0), *((n, f) for f in arguments.lowest for n in (1, 2, 4))]:
-            chunks = [lowest // 2 ** (number - 1 - i) for i in range(number)]
-            for domain, tokens in texts.items():
-                name = f"continuum/stream/next_token/{domain}/{number}_levels_{lowest}/seed_{seed}"
-                begin = time.perf_counter()
-                losses = next_token_losses(static, chunks, tokens, arguments)
-                seconds = time.perf_counter() - begin
-                bits = float(losses.mean() / np.log(2))
-                found.append(show(record(name, bits, "bits/byte", {"seconds": seconds})))
-        if arguments.local:
-            lowest = arguments.lowest[0]
-            levels = tuple(
-                LevelConfig(hidden=arguments.hidden, chunk=lowest // 2 ** (3 - i)) for i in range(4)
-            )
-            moving = trained(arguments, levels, seed)
-            for clock, model in (("on", moving), ("off", freeze(moving, range(4)))):
-                for domain, tokens in texts.items():
-                    name = f"continuum/stream/local/{domain}/clock_{clock}_{lowest}/seed_{seed}"
-                    bits = float(held_losses(model, None, tokens).mean() / np.log(2))
-                    found.append(show(record(name, bits, "bits/byte")))
-    return found
+    tokens = np.stack([*texts.values()])
+    static = trained(arguments, static_levels(arguments))
+    for number, lowest in [(0, 0), *((n, f) for f in arguments.lowest for n in (1, 2, 4))]:
+        chunks = [lowest // 2 ** (number - 1 - i) for i in range(number)]
+        bits = [next_token_bits(model, chunks, tokens, arguments) for model in static]
+        for domain, own in zip(texts, np.transpose(bits), strict=True):
+            title = f"continuum/stream/next_token/{domain}/{number}_levels_{lowest}"
+            yield of_seeds(title, own, arguments)
+    if arguments.local:
+        lowest = arguments.lowest[0]
+        levels = static_levels(arguments)
+        chunks = (lowest // 2 ** (len(levels) - 1 - i) for i in range(len(levels)))
+        moving = [replace(level, chunk=c) for level, c in zip(levels, chunks, strict=True)]
+        models = trained(arguments, tuple(moving))
+        frozen = [freeze(model, range(len(levels))) for model in models]
+        for clock, some in (("on", models), ("off", frozen)):
+            bits = [held_bits(model, None, tokens) for model in some]
+            for domain, own in zip(texts, np.transpose(bits), strict=True):
+                title = f"continuum/stream/local/{domain}/clock_{clock}_{lowest}"
+                yield of_seeds(title, own, arguments)
 
 
 def forgetting(arguments):
     """Learns domain A, then B, and scores unseen A with nothing but the deltas left of each."""
     texts = domains(arguments)
-    first, second = texts["wikitext2"], texts["stdlib"]
-    half = len(first) // 2
-    settings = {"fast": [64], "fast_and_slow": [64, 512, 4096]}
-    found = []
-    for seed in range(arguments.seeds):
-        static = trained(arguments, static_levels(arguments), seed)
-        for name, chunks in settings.items():
-            model = with_chunks(static, chunks, arguments, slow_retain=0.998)
-            _, after_first = learn(model, first[None, :half])
-            _, after_both = learn(model, second[None, :half], after_first)
-            for moment, reading in (
-                ("nothing", None),
-                ("A", after_first),
-                ("A_then_B", after_both),
-            ):
+    first, second = (texts[name][None] for name in ("wikitext2", "stdlib"))
+    half = first.shape[1] // 2
+    static = trained(arguments, static_levels(arguments))
+    for name, chunks in {"fast": [64], "fast_and_slow": [64, 512, 4096]}.items():
+        bits, lengths = {}, {}
+        for model in static:
+            model = with_chunks(model, chunks, arguments, slow_retain=0.998)
+            _, after_first = learn(model, first[:, :half])
+            _, after_both = learn(model, second[:, :half], after_first)
+            left = {"nothing": None, "A": after_first, "A_then_B": after_both}
+            for moment, reading in left.items():
                 memory = None if reading is None else deltas_alone(model, reading)
-                bits = float(held_losses(model, memory, first[half:]).mean() / np.log(2))
+                bits.setdefault(moment, []).append(held_bits(model, memory, first[:, half:])[0])
                 sizes = {} if reading is None else norms(reading)
-                notes = {level: float(size.mean()) for level, size in sizes.items()}
-                title = f"continuum/forgetting/{name}/A_after_{moment}/seed_{seed}"
-                found.append(show(record(title, bits, "bits/byte", {"delta_lengths": notes})))
-    return found
+                lengths[moment] = {level: float(size.mean()) for level, size in sizes.items()}
+        for moment, own in bits.items():
+            title = f"continuum/forgetting/{name}/A_after_{moment}"
+            notes = {"delta_lengths_of_last_seed": lengths[moment]}
+            yield of_seeds(title, np.array(own), arguments, notes)
 
 
-def training_step(model: Decoder, optimizer):
-    """A compiled step `(state, tokens, starts) -> (state, loss)`, and the first state."""
-    graph, params = nnx.split(model, nnx.Param)
-    params = nnx.to_pure_dict(params)
+def training(config: ModelConfig, optimizer: optax.GradientTransformation):
+    """Functions `seed -> state` and `(state, tokens, starts) -> (state, loss)`, not compiled."""
+    graph = outline(config)
+
+    def begin(seed):
+        params = nnx.to_pure_dict(nnx.split(config.build(seed=seed), nnx.Param)[1])
+        return params, optimizer.init(params)
 
     def loss(params, tokens, starts):
         model = nnx.merge(graph, params)
         hidden, _ = model.hidden(tokens[:, :-1], None, None if starts is None else starts[:, :-1])
         return jnp.mean(next_token_loss(hidden, model.unembedding, tokens[:, 1:]))
 
-    @partial(jax.jit, donate_argnums=0)
     def step(state, tokens, starts=None):
         params, slots = state
         value, slope = jax.value_and_grad(loss)(params, tokens, starts)
         updates, slots = optimizer.update(slope, slots, params)
         return (optax.apply_updates(params, updates), slots), value
 
-    return step, (params, jax.jit(optimizer.init)(params))
+    return begin, step
 
 
-def trained(arguments, levels: tuple[LevelConfig, ...], seed: int) -> Decoder:
-    """Trains a byte model on the first domain."""
+def trained(arguments, levels: tuple[LevelConfig, ...]) -> list[Decoder]:
+    """Trains byte models on the first domain, one for each seed, all in one program."""
     config = ModelConfig(
         mixer=AssociativeConfig(heads=arguments.width // 64, rule="gated_delta"),
         continuum=ContinuumConfig(levels=levels),
@@ -179,19 +174,24 @@ def trained(arguments, levels: tuple[LevelConfig, ...], seed: int) -> Decoder:
         dtype="bfloat16",
     )
     text = np.frombuffer((arguments.data / "train.txt").read_bytes(), np.uint8)
-    random = np.random.default_rng(seed)
+    randoms = [np.random.default_rng(seed) for seed in range(arguments.seeds)]
     rate = optax.cosine_onecycle_schedule(arguments.train_steps, 3e-3, 0.05)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))
-    model = config.build(seed=seed)
-    graph, _ = nnx.split(model, nnx.Param)
-    step, state = training_step(model, optimizer)
-    value, begin = None, time.perf_counter()
+    begin, step = (jax.vmap(function) for function in training(config, optimizer))
+    step = jax.jit(step, donate_argnums=0)
+    then = time.perf_counter()
+    state, losses = jax.jit(begin)(jnp.arange(arguments.seeds)), None
     for _ in range(arguments.train_steps):
-        places = random.integers(0, len(text) - WINDOW - 1, arguments.rows)
-        rows = text[places[:, None] + np.arange(WINDOW + 1)].astype(np.int32)
-        state, value = step(state, rows)
-    print(f"trained to {float(value):.3f} nats in {time.perf_counter() - begin:.0f} s", flush=True)
-    return nnx.merge(graph, state[0])
+        last = len(text) - WINDOW - 1
+        places = np.stack([random.integers(0, last, arguments.rows) for random in randoms])
+        rows = text[places[..., None] + np.arange(WINDOW + 1)].astype(np.int32)
+        state, losses = step(state, rows)
+    print(f"trained to {losses} nats in {time.perf_counter() - then:.0f} s", flush=True)
+    graph = outline(config)
+    return [
+        nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state[0]))
+        for i in range(arguments.seeds)
+    ]
 
 
 def with_chunks(model: Decoder, chunks: list[int], arguments, slow_retain: float = 0.98) -> Decoder:
@@ -208,36 +208,38 @@ def with_chunks(model: Decoder, chunks: list[int], arguments, slow_retain: float
         for level, chunk in zip(levels[still:], chunks, strict=True)
     ]
     continuum = ContinuumConfig(levels=(*levels[:still], *moving), objective="next_token")
-    config = replace(model.config, continuum=continuum)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))), nnx.Param)
+    graph = outline(replace(model.config, continuum=continuum))
     return nnx.merge(graph, nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
 
 
-def next_token_losses(model, chunks, tokens, arguments):
-    """Nats for each byte, read as one stream; no chunks leave the clock off."""
+def next_token_bits(model, chunks, tokens, arguments):
+    """Bits for a byte of each row, read as one stream; no chunks leave the clock off."""
     if not chunks:
-        return held_losses(model, None, tokens)
-    losses, _ = learn(with_chunks(model, chunks, arguments), tokens[None])
-    return losses[0, 1 : 1 + (len(tokens) - 1) // WINDOW * WINDOW]  # those that `held_losses` has
+        return held_bits(model, None, tokens)
+    losses, _ = learn(with_chunks(model, chunks, arguments), tokens)
+    scored = (tokens.shape[1] - 1) // WINDOW * WINDOW  # by `held_bits`
+    return losses[:, 1 : 1 + scored].mean(1) / np.log(2)
 
 
-def held_losses(model, memory, tokens):
-    """Nats for each byte, window after window, whatever memory a window begins with carried on."""
+def held_bits(model, memory, tokens):
+    """Bits for a byte of each row, by windows, whatever the memory of the first carried on."""
     graph, params = nnx.split(model, nnx.Param)
-
-    @partial(jax.jit, donate_argnums=1)
-    def score(params, memory, tokens):
-        model = nnx.merge(graph, params)
-        hidden, memory = model.hidden(tokens[:, :-1], memory)
-        return next_token_loss(hidden, model.unembedding, tokens[:, 1:])[0], memory
-
-    memory = model.initial_memory(1) if memory is None else memory
+    params = nnx.to_pure_dict(params)
+    memory = model.initial_memory(len(tokens)) if memory is None else memory
     memory = jax.tree.map(jnp.array, memory)
     losses = []
-    for start in range(0, len(tokens) - 1 - WINDOW + 1, WINDOW):
-        part, memory = score(params, memory, tokens[None, start : start + WINDOW + 1])
+    for start in range(0, tokens.shape[1] - WINDOW, WINDOW):
+        part, memory = score(graph, params, memory, tokens[:, start : start + WINDOW + 1])
         losses.append(part)
-    return np.concatenate(jax.device_get(losses))
+    return np.concatenate(jax.device_get(losses), axis=1).mean(1) / np.log(2)
+
+
+@partial(jax.jit, static_argnames="graph", donate_argnames="memory")
+def score(graph, params, memory, tokens):
+    """Nats for each token behind the first, and the memory to go on with."""
+    model = nnx.merge(graph, params)
+    hidden, memory = model.hidden(tokens[:, :-1], memory)
+    return next_token_loss(hidden, model.unembedding, tokens[:, 1:]), memory
 
 
 def deltas_alone(model, reading: Reading):
@@ -258,7 +260,19 @@ def domains(arguments) -> dict[str, np.ndarray]:
 
 
 def static_levels(arguments) -> tuple[LevelConfig, ...]:
-    return (LevelConfig(hidden=arguments.hidden),) * 4
+    return (LevelConfig(hidden=arguments.hidden, gated=True),) * 4
+
+
+def outline(config: ModelConfig) -> nnx.GraphDef:
+    """What a model is beside its parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))), nnx.Param)[0]
+
+
+def of_seeds(title: str, bits: np.ndarray, arguments, notes: dict | None = None) -> dict:
+    """A record of the mean over seeds."""
+    levels = {"hidden": arguments.hidden, "gated": True}
+    notes = {"seeds": bits.round(5).tolist(), **levels, **(notes or {})}
+    return record(title, bits.mean(), "bits/byte", notes)
 
 
 def delta_bytes(config: ModelConfig) -> int:
@@ -267,9 +281,8 @@ def delta_bytes(config: ModelConfig) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 
-def show(one: dict) -> dict:
+def show(one: dict):
     print(f"{one['name']:<64} {one['value']:10.4f} {one['unit']} {one['notes']}", flush=True)
-    return one
 
 
 def main():
@@ -301,17 +314,19 @@ def main():
     parser.add_argument("--train-steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=0.3, help="of `next_token` moves")
     parser.add_argument("--lowest", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3, help="of `stream` and `forgetting`")
     parser.add_argument("--local", action="store_true", help="train a model with `local` too")
     arguments = parser.parse_args()
     op.TOGETHER = arguments.together
     large = arguments.what == "cost"
     arguments.width = arguments.width or (1024 if large else 384)
     arguments.layers = arguments.layers or (9 if large else 4)
-    hidden = arguments.hidden or ([128, 512, 1024, 1152] if large else [384])
+    hidden = arguments.hidden or ([128, 512, 1024, 1152] if large else [256])
     arguments.hidden = hidden if large else hidden[0]
     run = {"cost": cost, "stream": stream, "forgetting": forgetting}[arguments.what]
-    append(arguments.out, run(arguments))
+    for one in run(arguments):
+        show(one)
+        append(arguments.out, [one])
 
 
 if __name__ == "__main__":
