@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from small_models import MODELS, VOCABULARY
 
+from hope_jax.modules.layers import Embedding
 from hope_jax.ops.likelihood import next_token_loss
 
 TIME = 22
@@ -161,6 +162,18 @@ def test_bfloat16_stays_close_to_float32(name):
     assert logits.dtype == jnp.float32
     off = np.sqrt(np.mean((logits - reference) ** 2) / np.mean(reference**2))
     assert off < 2**-4  # the largest difference alone is a matter of luck
+
+
+def test_every_occurrence_of_a_word_counts_in_half_precision():
+    graphdef, params = nnx.split(Embedding(3, 4, key=jax.random.key(0)), nnx.Param)
+    tokens = jnp.ones((2, 1024), jnp.int32)
+
+    def total(params):
+        rows = nnx.merge(graphdef, params)(tokens, jnp.dtype("bfloat16"))
+        return jnp.sum(rows.astype(jnp.float32))
+
+    slope = jax.grad(total)(params)["table"][...]
+    np.testing.assert_array_equal(slope, np.repeat([[0.0], [tokens.size], [0.0]], 4, axis=1))
 
 
 @pytest.mark.parametrize(

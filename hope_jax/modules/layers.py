@@ -159,9 +159,9 @@ class Embedding(nnx.Module):
         self.table = parameter(table, ("vocabulary", "embed"), "embedding")
 
     def __call__(self, tokens: Tokens, dtype: jnp.dtype) -> Activations:
-        """Looks the rows up."""
-        table = constrain(self.table[...].astype(dtype), ("vocabulary", "embed_out"))
-        return constrain(table[tokens], ("batch", "time", "embed_out"))
+        """Looks the rows up, and then rounds them: what they are owed is added up unrounded."""
+        table = constrain(self.table[...], ("vocabulary", "embed_out"))
+        return constrain(table[tokens].astype(dtype), ("batch", "time", "embed_out"))
 
 
 def split_heads(x: Float[Array, "B T E"], heads: int) -> Float[Array, "B T H K"]:
