@@ -11,6 +11,8 @@ from flax import nnx
 
 from hope_jax import config
 from hope_jax.modules.continuum import ContinuumConfig, LevelConfig, SpreadConfig
+from hope_jax.modules.layers import learn_by
+from hope_jax.ops.linear import dense, dense_beside
 from hope_jax.sharding import MeshConfig, named, use
 
 WIDTH, TIME, ROWS = 12, 19, 2
@@ -113,6 +115,39 @@ def test_a_level_without_a_chunk_is_a_feed_forward_network():
     assert memory == (None, None)
     by_token, _ = jax.vmap(lambda x: layer(x[:, None]), in_axes=1, out_axes=1)(x)
     np.testing.assert_allclose(y, by_token[:, :, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_view_and_first_level_share_a_norm_and_have_scales_of_their_own():
+    layer, (x, _) = build("nested"), draw()
+    for key, norm in enumerate((layer.norm, layer.levels[0].norm)):
+        norm.scale[...] = jax.random.uniform(jax.random.key(key), WIDTH, minval=0.5, maxval=2.0)
+    graph, params = nnx.split(layer, nnx.Param)
+
+    def loss(params, x, objective):
+        layer = nnx.merge(graph, params)
+        learn_by(layer, objective)
+        return jnp.sum(jnp.sin(layer(x)[0]))
+
+    # To weights that learn by another objective inputs matter, so that those are scaled there.
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
+    (one, (slopes, d_x)), (two, (others, d_again)) = run(params, x, "dot"), run(params, x, "l2")
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    np.testing.assert_allclose(d_x, d_again, rtol=1e-4, atol=1e-5)
+    for norms in (slopes, others), (slopes["levels"][0], others["levels"][0]):
+        chex.assert_trees_all_close(*(n["norm"] for n in norms), rtol=1e-4, atol=1e-5)
+
+
+def test_two_products_of_one_input_have_the_gradients_of_two():
+    random = jax.random.split(jax.random.key(0), 3)
+    shapes = (ROWS, 5, WIDTH), (WIDTH, 4), (2, WIDTH, 3)
+    call = [jax.random.normal(key, shape) for key, shape in zip(random, shapes, strict=True)]
+
+    def slopes(products):
+        loss = lambda *call: sum(jnp.sum(jnp.sin(y)) for y in products(*call))  # noqa: E731
+        return jax.grad(loss, argnums=(0, 1, 2))(*call)
+
+    apart = slopes(lambda x, first, second: (dense(x, first, "dot"), dense(x, second, "dot")))
+    chex.assert_trees_all_close(slopes(dense_beside), apart, rtol=1e-5, atol=1e-5)
 
 
 def test_a_self_modifying_level_has_a_matrix_of_its_own_for_every_token():

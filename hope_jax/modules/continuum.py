@@ -25,6 +25,8 @@ from hope_jax.ops.continuum import (
 )
 from hope_jax.ops.gated import hidden_units
 from hope_jax.ops.leaky import leaky_average
+from hope_jax.ops.linear import dense_beside
+from hope_jax.ops.norm import add_norm
 from hope_jax.shapes import Activations, Starts
 from hope_jax.sharding import constrain
 
@@ -391,6 +393,7 @@ class Level(nnx.Module):
         *,
         values: Activations | None = None,
         carrier: "Level | None" = None,
+        units: Float[Array, "B T P F"] | None = None,
     ) -> tuple[Activations, Any]:
         """Returns what the level recalls for each token, and what it carries on.
 
@@ -400,13 +403,14 @@ class Level(nnx.Module):
           starts: Where documents begin.
           values: What should have been said one token before, where that is learned.
           carrier: The slower level that carries what this one's deltas begin with, if any.
+          units: What `up` makes of x, if that is known; x is then not read.
         """
         config = self.config
         if self.continuum.variant in LEAKY:
             return leaky_average(self._recall(x), jax.nn.sigmoid(self.leak[...]), memory, starts)
         if config.chunk is None:
-            return self._recall(x), None
-        inputs = self._hidden(x) if self.continuum.adapt == "output" else x
+            return self._recall(x, units), None
+        inputs = self._hidden(x, units) if self.continuum.adapt == "output" else x
         if values is None:
             return held_level(inputs, self._moving(), memory, starts, activation=config.activation)
         return continuum_level(
@@ -440,19 +444,21 @@ class Level(nnx.Module):
         middle = [layer[None] for layer in self.middle[...]] if self.config.depth > 1 else []
         return (self.up[...], *middle, down)
 
-    def _hidden(self, x: Activations) -> Float[Array, "B T F"]:
+    def _hidden(
+        self, x: Activations, units: Float[Array, "B T P F"] | None = None
+    ) -> Float[Array, "B T F"]:
         """Returns the last hidden units."""
         activation = ACTIVATIONS[self.config.activation]
-        hidden = dense(x, self.up[...], self.learns_by)
+        hidden = dense(x, self.up[...], self.learns_by) if units is None else units
         hidden = constrain(hidden, ("batch", "time", None, "mlp"))
         active = hidden_units(hidden, activation)
         for layer in self.middle[...] if self.config.depth > 1 else ():
             active = activation(dense(active, layer, self.learns_by))
         return active
 
-    def _recall(self, x: Activations) -> Activations:
+    def _recall(self, x: Activations, units: Float[Array, "B T P F"] | None = None) -> Activations:
         """Reads with the slow weights alone, and what each token adds to them for itself."""
-        hidden = self._hidden(x)
+        hidden = self._hidden(x, units)
         y = dense(hidden, self.down[...], self.learns_by)
         return y + self._modify(x, hidden) if self.config.rank else y
 
@@ -504,6 +510,26 @@ class ContinuumMemory(nnx.Module):
             view = normal(jax.random.fold_in(key, 1), (width, width), 1 / sqrt(width))
             self.view = parameter(view, ("embed", None), "matrix")
 
+    def _look(
+        self, x: Activations, y: Activations | None
+    ) -> tuple[Activations, Activations, Float[Array, "B T P F"] | None]:
+        """Returns `x + y`, the view of it, and what the first level makes of it before activating.
+
+        These have norms of their own, which differ in their scales alone: where nothing else sees
+        what is scaled, the weights behind are, and x is normalised once. Else the last is None.
+        """
+        first, learns = self.levels[0], self.learns_by
+        alone = self.config.variant not in CHAINED or self.config.adapt == "all"
+        if alone or first.config.rank or learns != "dot":
+            x, seen = self.norm.beside(x, y)
+            return x, dense(seen, self.view[...], learns), None
+        x, unit = add_norm(x, y, jnp.ones(x.shape[-1]), epsilon=self.norm.epsilon)
+        weights = (
+            n.scale[...][:, None] * w[...]
+            for n, w in ((self.norm, self.view), (first.norm, first.up))
+        )
+        return x, *dense_beside(unit, *weights)
+
     def _carriers(self) -> list[Level | None]:
         """For each level the slower one that carries what its deltas begin with."""
         if self.config.variant == "nested":
@@ -541,11 +567,10 @@ class ContinuumMemory(nnx.Module):
         """
         memory = memory or (None,) * len(self.levels)
         chained = self.config.variant in CHAINED
-        y, values = before, [None] * len(self.levels)
+        y, values, units = before, [None] * len(self.levels), None
         if hasattr(self, "view"):
-            (x, seen), y = self.norm.beside(x, y), None
-            seen = dense(seen, self.view[...], self.learns_by)
-            values = self._shared_out(checkpoint_name(seen, KEPT))
+            x, seen, units = self._look(x, y)
+            y, values = None, self._shared_out(checkpoint_name(seen, KEPT))
         if not chained and y is not None:
             x = x + y
         inputs = self._shared_out(x)
@@ -555,11 +580,12 @@ class ContinuumMemory(nnx.Module):
         ):
             if self.config.variant == "flow" and recalled:
                 part = recalled[-1]
-            if chained:
-                x, part = level.norm.beside(x, y)
-            else:
+            if not chained:
                 part = level.norm(part)
-            y, carried = level(part, carried, starts, values=wanted, carrier=carrier)
+            elif units is None:
+                x, part = level.norm.beside(x, y)
+            options = {"values": wanted, "carrier": carrier, "units": units}
+            (y, carried), units = level(part, carried, starts, **options), None
             after.append(carried)
             recalled.append(y)
         if chained:

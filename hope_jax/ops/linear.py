@@ -69,6 +69,33 @@ def dense(
     return linear(x, joined, objective=objective).reshape(*x.shape[:-1], count, out)
 
 
+@jax.custom_vjp
+def dense_beside(
+    x: Float[Array, "... D"], first: Float[Array, "D E"], second: Float[Array, "P D F"]
+) -> tuple[Float[Array, "... E"], Float[Array, "... P F"]]:
+    """Returns `dense(x, first, "dot")` and `dense(x, second, "dot")`.
+
+    What both are owed comes back to x in one product, not in two that are added, each as large as
+    x, and what it is laid side by side for serves the weights too.
+    """
+    # The barrier keeps XLA from joining these two, of whose result it would copy the parts.
+    return dense(x, first, "dot"), dense(jax.lax.optimization_barrier(x), second, "dot")
+
+
+def _dense_beside_backward(kept, slopes):
+    x, first, second = kept
+    (count, _, out), rows = second.shape, x.shape[:-1]
+    second = jnp.moveaxis(second, 0, 1).reshape(x.shape[-1], count * out)
+    slope = jnp.concatenate([slopes[0], slopes[1].reshape(*rows, count * out)], -1)
+    d_x = slope @ jnp.concatenate([first, second], -1).astype(x.dtype).T
+    d_weight = jnp.einsum("...D,...E->DE", x, slope, preferred_element_type=first.dtype)
+    d_first, d_second = jnp.split(d_weight, [first.shape[1]], -1)
+    return d_x, d_first, jnp.moveaxis(d_second.reshape(-1, count, out), 1, 0)
+
+
+dense_beside.defvjp(lambda *call: (dense_beside(*call), call), _dense_beside_backward)
+
+
 def linear(
     x: Float[Array, "*rows in"],
     weight: Float[Array, "in out"],
