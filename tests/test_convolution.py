@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from hope_jax.modules.layers import Convolution
 from hope_jax.ops.convolution import causal_convolution, mixed_parts
 from hope_jax.ops.leaky import leaky_average
 
@@ -135,6 +136,14 @@ def test_a_window_of_one_is_a_product():
     y, memory = causal_convolution(x, kernel)
     np.testing.assert_array_equal(y, x * kernel[0])
     assert memory.shape == (BATCH, 0, WIDTH)
+
+
+def test_a_layer_with_a_window_of_one_carries_nothing():
+    layer = Convolution([1.0, 0.5], WIDTH, 1, key=jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (BATCH, TIME, 3, WIDTH))
+    whole, memory = layer(x)
+    assert memory.shape == (BATCH, 0, 2 * WIDTH)
+    chex.assert_trees_all_close([part[:, 1:] for part in whole], layer(x[:, 1:], memory)[0])
 
 
 PARTS = pytest.mark.parametrize(

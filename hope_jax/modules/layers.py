@@ -145,7 +145,7 @@ class Convolution(nnx.Module):
             memory = memory.reshape(*memory.shape[:2], *weight.shape[1:])
         op = partial(mixed_parts, scales=self.scales)
         parts, memory = with_halo(op, x, weight, memory, starts)
-        return parts, memory.reshape(*memory.shape[:2], -1)
+        return parts, memory.reshape(*memory.shape[:2], self.weight.shape[1])
 
 
 class Embedding(nnx.Module):

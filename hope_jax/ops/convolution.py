@@ -45,7 +45,7 @@ def _shifted(x, kernel, memory, starts, scales):
     window, parts, features = kernel.shape
     joined = x[:, :, :parts].reshape(*x.shape[:2], -1)
     if memory is not None:
-        memory = memory.reshape(*memory.shape[:2], -1)
+        memory = memory.reshape(*memory.shape[:2], parts * features)
     mixed, memory = causal_convolution(joined, kernel.reshape(window, -1), memory, starts)
     mixed = jnp.split(jax.nn.silu(mixed), parts, axis=-1)
     mixed = [part if by == 1 else by * part for by, part in zip(scales, mixed, strict=True)]
