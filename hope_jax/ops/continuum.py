@@ -374,7 +374,7 @@ def chunked(
     """
     tokens = _Tokens(
         x=x,
-        slow=_product(weights[0].astype(x.dtype), x),
+        slow=None,
         values=values,
         starts=starts,
         pairs=jnp.ones(x.shape[:2], bool),
@@ -383,7 +383,7 @@ def chunked(
         y, fast = _from_nothing(setting, pace, weights, tokens, together, recall or _recall)
         position = jnp.asarray(x.shape[1], jnp.int32)
     else:
-        y, fast = _go_on(setting, pace, weights, tokens, memory)
+        y, fast = _go_on(setting, pace, weights, _with_slow(weights, tokens), memory)
         position = memory.position + x.shape[1]
     return y.astype(x.dtype), LevelMemory(position, x[:, -1], fast)
 
@@ -435,14 +435,14 @@ class _Tokens(NamedTuple):
 
     Attributes:
       x: What the network reads.
-      slow: What the slow weights of the first layer make of it.
+      slow: What the slow weights of the first layer make of it; None where that is not yet known.
       values: What should have been said one token before.
       starts: Document starts, or None.
       pairs: Whether a token and the one before it are of one chunk and of this call.
     """
 
     x: Float[Array, "B T I"]
-    slow: Float[Array, "B T P O"]
+    slow: Float[Array, "B T P O"] | None
     values: Float[Array, "B T V"]
     starts: Bool[Array, "B T"] | None
     pairs: Bool[Array, "#B T"]
@@ -457,10 +457,12 @@ def _from_nothing(setting, pace, weights, tokens, together, recall):
     joined = _joined(setting, weights, whole, together)
     if joined:
         done = whole // joined * joined
-        y, fast = _together(setting, pace, fast, _cut(tokens, 0, done * size), joined, recall)
+        part = _cut(tokens, 0, done * size)
+        y, fast = _together(setting, pace, weights[0][0], fast, part, joined, recall)
     else:
         done = 1
-        y, taught = _tile(setting, weights, None, _cut(tokens, 0, size))
+        first = _with_slow(weights, _cut(tokens, 0, size))
+        y, taught = _tile(setting, weights, None, first)
         fast = fast._replace(pending=taught)
         if not whole:
             return y, fast
@@ -476,15 +478,22 @@ def _from_nothing(setting, pace, weights, tokens, together, recall):
         fast, y = _read(setting, weights, Fast(pending, *carry), part)
         return _move(setting, pace, fast, (index + 1) * size)[1:], y
 
+    rest = _with_slow(weights, _cut(tokens, done * size, time))
     if whole > done:
-        rest = jax.tree.map(lambda a: _chunks(a[:, done * size : whole * size], size), tokens)
-        carry, y = jax.lax.scan(step, fast[1:], (rest, jnp.arange(done, whole)))
+        parts = _cut(rest, 0, (whole - done) * size)
+        parts = jax.tree.map(partial(_chunks, size=size), parts)
+        carry, y = jax.lax.scan(step, fast[1:], (parts, jnp.arange(done, whole)))
         fast = Fast(fast.pending, *carry)
         answers.append(jnp.moveaxis(y, 0, 1).reshape(batch, -1, y.shape[-1]))
     if time % size:
-        fast, y = _read(setting, weights, fast, _cut(tokens, whole * size, time))
+        fast, y = _read(setting, weights, fast, _cut(rest, (whole - done) * size, time))
         answers.append(y)
     return jnp.concatenate(answers, 1), fast
+
+
+def _with_slow(weights, tokens: _Tokens) -> _Tokens:
+    """Adds what the slow weights make of tokens."""
+    return tokens._replace(slow=_product(weights[0].astype(tokens.x.dtype), tokens.x))
 
 
 def _joined(setting, weights, whole, together):
@@ -557,26 +566,24 @@ class _Tables(NamedTuple):
 class _Group(NamedTuple):
     """A group of chunks, or all of them side by side in time, as the recurrence meets them.
 
-    A state Z is D, or D and the momentum. With `h` the inputs, tau the errors that a group teaches
-    and the sums over J, a group answers and makes of the state
+    A state Z is D, or D and the momentum. With `h` the inputs, theta the slow weights, tau the
+    errors that a group teaches and the sums over J, a group answers and makes of the state
 
-        y = slow + sum read (h Z) + ((I + lower)^-1 - I) tau'     tau' = tau without the last term
+        y = h theta + sum read (h Z) + ((I + lower)^-1 - I) tau'    tau' = tau without the last term
         Z <- decay Z - h^T (write tau)
 
     Attributes:
       hidden: The inputs h.
-      slow: What the slow weights answer.
       values: What should have been answered one token before.
       tables: The rest.
     """
 
     hidden: Float[Array, "B S I"]
-    slow: Float[Array, "B S O"]
     values: Float[Array, "B S O"]
     tables: _Tables
 
 
-def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int, recall):
+def _together(setting, pace, weight, fast: Fast, tokens: _Tokens, joined: int, recall):
     """Reads groups of `joined` chunks of a linear layer that has learned nothing yet.
 
     What D adds to the answer of token t is linear in the errors of earlier chunks. With g = 1, or 2
@@ -589,26 +596,31 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int, recall):
     so `A = A' + ((I + L)^-1 - I) (A' + e / g)` with A' the first part. The inverse is found for all
     groups at once, and two products with the state and one with the inverse are left from group to
     group, none with a state for the first and no move of the last unless its memory is asked for.
+    That with theta is taken there too: what it reads is then copied out of the sequence but once,
+    and what it answers never lies there.
 
     FLOPs a token: 4 I O from group to group; for groups of S > C tokens 2 S (I + O) beside. The
     backward pass takes twice that, and keeps what it need not compute again then, see `KEPT`.
     """
     size, gain = joined * setting.chunk, _gain(setting)
     batch = len(tokens.x)
-    parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[2:]), (tokens.x, tokens.starts))
+    weight, hidden = weight.astype(tokens.x.dtype), tokens.x
+    if recall is _recall:
+        hidden = _in_parts(hidden, tokens.x.shape[1] // size)
+    parts = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[2:]), (hidden, tokens.starts))
     tables = _tables(setting, pace, joined, *parts)
     groups = _Group(
-        hidden=tokens.x,
-        slow=tokens.slow[:, :, 0],
+        hidden=hidden,
         values=tokens.values,
         tables=jax.tree.map(lambda a: a.reshape(batch, -1, *a.shape[1:]), tables),
     )
     if groups.tables.stay.shape[1] > 1:
-        y, state, finite = recall(gain, groups)
+        y, state, finite = recall(gain, weight, groups)
     else:
-        (y, state, finite), _ = _recall_forward(gain, groups)
+        (y, state, finite), _ = _recall_forward(gain, weight, groups)
     last = _group_at(groups, groups.tables.stay.shape[1] - 1)
-    state, end = _next(last, state, _taught(gain, last, y[:, -size:]))
+    taught = _taught(gain, last, y[:, -size:], _slow(weight, last))
+    state, end = _next(last, state, taught, _weighed(last, taught))
     writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
     state = tuple(z[:, None] for z in state)
     return y, fast._replace(
@@ -619,37 +631,72 @@ def _together(setting, pace, fast: Fast, tokens: _Tokens, joined: int, recall):
     )
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _in_parts(x: Float[Array, "B T I"], count: int) -> Float[Array, "B T I"]:
+    """Returns x of parts that lie apart: products of these need no copies, and nothing the whole.
+
+    Of more parts than are compiled one by one there is nothing to be had.
+    """
+    if count > UNROLL + 2:
+        return x
+    return jnp.concatenate(jax.lax.optimization_barrier(jnp.split(x, count, 1)), 1)
+
+
+_in_parts.defvjp(lambda x, count: (_in_parts(x, count), None), lambda _count, _, slope: (slope,))
+
+
 def _gain(setting):
     """How strongly what D adds is held against a pair: twice where moves erase."""
     return 2 if setting.dgd else 1
 
 
-def _answer(gain, group: _Group, mixing, state: tuple[Float[Array, "B I O"], ...]):
+def _slow(weight: Float[Array, "I O"], group: _Group):
+    """What the slow weights answer."""
+    # Products of several groups with one matrix would be joined, for which XLA copies these.
+    hidden, weight = jax.lax.optimization_barrier((group.hidden, weight))
+    return jnp.einsum("BSI,IO->BSO", hidden, weight)
+
+
+def _slow_backward(weight: Float[Array, "I O"], group: _Group, slope: Float[Array, "B S O"]):
+    """The gradients of what they read, and of themselves."""
+    hidden = group.hidden
+    slope, weight = jax.lax.optimization_barrier((slope, weight))
+    d_weight = jnp.einsum("BSI,BSO->IO", hidden, slope, preferred_element_type=_wide(slope.dtype))
+    return jnp.einsum("BSO,IO->BSI", slope, weight), d_weight
+
+
+def _answer(gain, group: _Group, mixing, state: tuple[Float[Array, "B I O"], ...], slow):
     """What a group answers from a state, which is empty before the first."""
-    y = group.slow.astype(_wide(group.slow.dtype))
+    y = slow.astype(_wide(slow.dtype))
     if state:
         y = y + _weighted_sum(group.tables.read, [_product_with(z, group.hidden) for z in state])
     if mixing is not None:
-        y = y + _mixed(mixing, _taught(gain, group, y))
-    # Written once: all that goes on from here would else compute it again from its parts.
-    return jax.lax.optimization_barrier(y.astype(group.slow.dtype))
+        y = y + _mixed(mixing, _taught(gain, group, y, slow))
+    return y.astype(slow.dtype)
 
 
-def _taught(gain, group: _Group, y):
+def _taught(gain, group: _Group, y, slow):
     """By how much answers are wrong, over the gain and with what D adds whole; zero for no key."""
     error = y.astype(_wide(y.dtype)) - _earlier(group.values) / gain
     if gain > 1:
-        error = error - (1 - 1 / gain) * group.slow
-    return _where(group.tables.keys, error).astype(group.slow.dtype)
+        error = error - (1 - 1 / gain) * slow
+    return _where(group.tables.keys, error).astype(slow.dtype)
 
 
-def _next(group: _Group, state, taught):
+def _weighed(group: _Group, taught) -> list[Float[Array, "B S O"]]:
+    """What is taught, with its shares in the move.
+
+    The sign is theirs: it would be read and written for the products.
+    """
+    return [_times(-w, taught) for w in jnp.moveaxis(group.tables.write, -1, 0)]
+
+
+def _next(group: _Group, state, taught, weighed):
     """The state after a group, and whether its move is finite; if it is not, it is left out."""
     largest = jnp.sum(jnp.abs(taught.astype(state[0].dtype)), -1)
     bound = jnp.sum(group.tables.size * largest, -1) + jnp.sum(group.tables.decay, (1, 2))
     finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
-    # The sign is that of shares, not of products: one of these would be read and written for it.
-    moves = _moves(group.hidden, -group.tables.write, taught)
+    moves = _moves(group.hidden, weighed)
     new = [kept + move for kept, move in zip(_mix(group.tables.decay, state), moves, strict=True)]
     return tuple(
         jnp.where(_rows(finite, a), a, jnp.where(_rows(group.tables.stay, b), b, 0))
@@ -657,9 +704,8 @@ def _next(group: _Group, state, taught):
     ), finite
 
 
-def _moves(hidden, shares: Float[Array, "B S J"], array) -> list[Float[Array, "B I O"]]:
+def _moves(hidden, weighed) -> list[Float[Array, "B I O"]]:
     """Sums products of inputs and weighted rows over the tokens."""
-    weighed = [_weighed(w, array) for w in jnp.moveaxis(shares, -1, 0)]
     return [jnp.einsum("BSI,BSO->BIO", hidden, rows) for rows in weighed]
 
 
@@ -667,7 +713,7 @@ def _product_with(state: Float[Array, "B I O"], hidden: Float[Array, "B S I"]):
     return jnp.einsum("BSI,BIO->BSO", hidden, state)
 
 
-def _weighed(shares: Float[Array, "B S"], array: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
+def _times(shares: Float[Array, "B S"], array: Float[Array, "B S N"]) -> Float[Array, "B S N"]:
     return (shares[..., None] * array).astype(array.dtype)
 
 
@@ -700,10 +746,16 @@ def _group_at(groups: _Group, index) -> _Group:
     size = groups.tables.keys.shape[-1]
     return _Group(
         hidden=_time_at(groups.hidden, index, size),
-        slow=_time_at(groups.slow, index, size),
         values=_time_at(groups.values, index, size),
         tables=_table_at(groups.tables, index),
     )
+
+
+def _put(array: Float[Array, "B T N"], index, part: Float[Array, "B S N"]) -> Float[Array, "B T N"]:
+    """Writes a group's part of what has them side by side in time: once, where it is to lie."""
+    whole = jax.lax.dynamic_update_slice_in_dim(array, part, index * part.shape[1], axis=1)
+    # All that goes on from the part would else compute it again, and write it again for itself.
+    return jax.lax.optimization_barrier(whole)
 
 
 def _in_time(array: Float[Array, "G B S N"]) -> Float[Array, "B T N"]:
@@ -712,17 +764,17 @@ def _in_time(array: Float[Array, "G B S N"]) -> Float[Array, "B T N"]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recall(gain, groups: _Group):
+def _recall(gain, weight: Float[Array, "I O"], groups: _Group):
     """What groups answer.
 
     Returns also the state before the last group's move, and which of the moves before it are
     finite. The backward pass keeps the states that groups begin with, in the type of what is read,
-    and what they teach, which follows from the answers.
+    and what moves were made of.
     """
-    return _recall_forward(gain, groups)[0]
+    return _recall_forward(gain, weight, groups)[0]
 
 
-def _recall_forward(gain, groups: _Group):
+def _recall_forward(gain, weight, groups: _Group):
     mixing, hidden, lower = None, groups.hidden, groups.tables.lower
     if lower is not None:
         chunk = groups.tables.keys.shape[-1] - lower.shape[-1]
@@ -730,39 +782,49 @@ def _recall_forward(gain, groups: _Group):
         mixing = inverse.reshape(lower.shape).astype(hidden.dtype)
         mixing = checkpoint_name(mixing, KEPT)
 
-    def answer(index, state):
+    def answer(index, y, state):
         kept = tuple(z.astype(hidden.dtype) for z in state)
-        return kept, _answer(gain, _group_at(groups, index), _table_at(mixing, index), kept)
+        group = _group_at(groups, index)
+        slow = _slow(weight, group)
+        part = _answer(gain, group, _table_at(mixing, index), kept, slow)
+        y = _put(y, index, part)
+        return kept, y, _taught(gain, group, _time_at(y, index, part.shape[1]), slow)
+
+    def move(index, state, taught):
+        group = _group_at(groups, index)
+        weighed = _weighed(group, taught)
+        state, finite = _next(group, state, taught, weighed)
+        return state, weighed, finite
 
     def step(carry, _):
         # The index is carried, for one of an array would not be known where steps are unrolled.
-        index, state = carry
-        kept, y = answer(index, state)
-        group = _group_at(groups, index)
-        state, finite = _next(group, state, _taught(gain, group, y))
-        return (index + 1, state), (kept, y, finite)
+        index, y, state = carry
+        kept, y, taught = answer(index, y, state)
+        state, weighed, finite = move(index, state, taught)
+        return (index + 1, y, state), (kept, weighed, finite)
 
-    first, last = _group_at(groups, 0), groups.tables.stay.shape[1] - 1
-    begin = _answer(gain, first, _table_at(mixing, 0), ())
-    zero = jnp.zeros((len(hidden), hidden.shape[-1], begin.shape[-1]), _wide(begin.dtype))
-    state = (zero,) * first.tables.read.shape[-1]
+    last, count = groups.tables.stay.shape[1] - 1, groups.tables.read.shape[-1]
+    room = jax.lax.empty((*hidden.shape[:2], weight.shape[1]), hidden.dtype)
+    _, y, taught = answer(0, room, ())
+    state = (jnp.zeros((len(hidden), *weight.shape), _wide(hidden.dtype)),) * count
     if not last:
-        return (begin, state, jnp.zeros((0, len(hidden)), bool)), None
-    state, moved = _next(first, state, _taught(gain, first, begin))
-    carry, (states, y, finite) = jax.lax.scan(
-        step, (1, state), length=last - 1, unroll=max(1, min(UNROLL, last - 1))
+        return (y, state, jnp.zeros((0, len(hidden)), bool)), None
+    state, begin, moved = move(0, state, taught)
+    (_, y, state), (states, weighed, finite) = jax.lax.scan(
+        step, (1, y, state), length=last - 1, unroll=max(1, min(UNROLL, last - 1))
     )
-    kept, end = answer(last, carry[1])
+    kept, y, _ = answer(last, y, state)
     states = tuple(jnp.concatenate([a, b[None]]) for a, b in zip(states, kept, strict=True))
     if len(states) * hidden.shape[-1] <= LARGEST * groups.tables.keys.shape[-1]:
         states = checkpoint_name(states, KEPT)
-    y = checkpoint_name(jnp.concatenate([begin, _in_time(y), end], 1), KEPT)
-    finite = checkpoint_name(jnp.concatenate([moved[None], finite]), KEPT)
-    return (y, carry[1], finite), (groups, mixing, states, y, finite)
+    weighed = [jnp.concatenate([a[None], b]) for a, b in zip(begin, weighed, strict=True)]
+    finite = jnp.concatenate([moved[None], finite])
+    y, weighed, finite = (checkpoint_name(a, KEPT) for a in (y, weighed, finite))
+    return (y, state, finite), (weight, groups, mixing, states, y, weighed, finite)
 
 
 def _recall_backward(gain, kept, cotangents):
-    groups, mixing, states, y, finite = kept
+    weight, groups, mixing, states, y, weighed, finite = kept
     d_y, d_state, _ = cotangents
     dtype, wide, size = d_y.dtype, d_state[0].dtype, groups.tables.keys.shape[-1]
     last = groups.tables.stay.shape[1] - 1
@@ -772,66 +834,75 @@ def _recall_backward(gain, kept, cotangents):
         return jnp.stack([jnp.sum((array * one).astype(wide), -1) for one in others], -1)
 
     def taught(index):
-        return _taught(gain, _group_at(groups, index), _time_at(y, index, size))
+        group = _group_at(groups, index)
+        return _taught(gain, group, _time_at(y, index, size), _slow(weight, group))
 
-    def unmix(index, d_taught):
-        """What is asked of a group before its chunks are joined, in all and of what is taught."""
+    def unmix(index, d_taught, shares=()):
+        """What is asked of a group before its chunks are joined, whole and in shares.
+
+        Also what is asked of what it is taught, of `lower`, the inputs and the slow weights.
+        """
         d_answer = _time_at(d_y, index, size)
-        if mixing is None:
-            return (d_answer + d_taught).astype(dtype), d_taught.astype(dtype), None
-        d_mixed = (d_answer + d_taught).astype(dtype)
-        # The rest is kept apart from `d_y`, beside which it is small and would be rounded.
-        d_taught = d_taught + _unmixed(_table_at(mixing, index), d_mixed)
-        d_before = (d_answer + d_taught).astype(dtype)
-        d_lower = -_lower_products(groups.tables.lower[:, 0], d_before, taught(index))
-        return d_before, d_taught.astype(dtype), d_lower
+        d_before, d_lower = (d_answer + d_taught).astype(dtype), None
+        if mixing is not None:
+            # The rest is kept apart from `d_y`, beside which it is small and would be rounded.
+            d_taught = d_taught + _unmixed(_table_at(mixing, index), d_before)
+            d_before = (d_answer + d_taught).astype(dtype)
+            d_lower = -_lower_products(groups.tables.lower[:, 0], d_before, taught(index))
+        asked = [d_before, *(_times(share, d_before) for share in shares)]
+        asked = jax.lax.optimization_barrier(asked)  # written in one pass, not in one for each
+        d_slow = asked[0] if gain == 1 else (d_answer + d_taught / gain).astype(dtype)
+        slow = _slow_backward(weight, _group_at(groups, index), d_slow)
+        return asked, (d_taught.astype(dtype), d_lower, *slow)
 
     def answer(index, d_taught, d_state):
         group = _group_at(groups, index)
-        d_before, d_taught, d_lower = unmix(index, d_taught)
+        shares = jnp.moveaxis(group.tables.read, -1, 0)
+        (d_before, *d_read), found = unmix(index, d_taught, shares)
+        d_taught, d_lower, d_hidden, d_weight = found
         d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
-        d_hidden = _weighted_sum(group.tables.read, d_seen)
-        more = _moves(group.hidden, group.tables.read, d_before)
+        d_hidden = d_hidden + _weighted_sum(group.tables.read, d_seen)
+        more = _moves(group.hidden, d_read)
         d_state = tuple(a + b for a, b in zip(d_state, more, strict=True))
-        return d_state, (d_taught, d_lower, overlaps(group.hidden, d_seen), d_hidden)
+        return d_state, d_weight, (d_taught, d_lower, overlaps(group.hidden, d_seen), d_hidden)
 
     def move(index, d_state):
-        group, moved, told = _group_at(groups, index), _at(finite, index), taught(index)
+        group, moved = _group_at(groups, index), _at(finite, index)
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
         d_move = [d.astype(dtype) for d in d_new]
         d_weighed = [_product_with(d, group.hidden) for d in d_move]
         d_taught = _weighted_sum(-group.tables.write, d_weighed)
-        d_written = [jnp.einsum("BSO,BIO->BSI", told, d) for d in d_move]
-        d_hidden = _weighted_sum(-group.tables.write, d_written)
+        pairs = zip(_at(weighed, index), d_move, strict=True)
+        d_hidden = sum(jnp.einsum("BSO,BIO->BSI", rows, d) for rows, d in pairs)
         before = _at(states, jnp.maximum(index - 1, 0))
         d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
         d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
         older = _mix(jnp.swapaxes(group.tables.decay, 1, 2), d_new)
         still = [jnp.where(_rows(~moved & group.tables.stay, d), d, 0) for d in d_state]
         d_state = tuple(a + b for a, b in zip(older, still, strict=True))
-        return d_state, d_taught, d_hidden, -overlaps(told, d_weighed), d_decay
+        return d_state, d_taught, d_hidden, -overlaps(taught(index), d_weighed), d_decay
 
     def step(carry, _):
-        index, d_state = carry
+        index, d_state, d_weight = carry
         d_state, d_taught, d_hidden, d_write, d_decay = move(index, d_state)
-        d_state, (d_taught, d_lower, d_read, more) = answer(index, d_taught, d_state)
-        d_hidden = (d_hidden + more).astype(dtype)
-        return (index - 1, d_state), (d_taught, d_hidden, d_lower, d_read, d_write, d_decay)
+        d_state, slope, (d_taught, d_lower, d_read, more) = answer(index, d_taught, d_state)
+        found = d_taught, (d_hidden + more).astype(dtype), d_lower, d_read, d_write, d_decay
+        return (index - 1, d_state, d_weight + slope), found
 
     d_taught = jnp.zeros((len(d_y), size, d_y.shape[-1]), wide)
-    d_state, (d_taught, d_lower, d_read, d_hidden) = answer(last, d_taught, d_state)
+    d_state, slope, (d_taught, d_lower, d_read, d_hidden) = answer(last, d_taught, d_state)
     end = d_taught, d_hidden.astype(dtype), d_lower, d_read, jnp.zeros_like(d_read), None
-    (_, d_state), between = jax.lax.scan(
+    (_, d_state, slope), between = jax.lax.scan(
         step,
-        (last - 1, d_state),
+        (last - 1, d_state, slope),
         length=last - 1,
         reverse=True,
         unroll=max(1, min(UNROLL, last - 1)),
     )
     _, d_taught, d_hidden, d_write, d_decay = move(0, d_state)
-    _, d_taught, d_lower = unmix(0, d_taught)
-    nothing = jnp.zeros_like(d_decay)
-    begin = d_taught, d_hidden.astype(dtype), d_lower, jnp.zeros_like(d_write), d_write, nothing
+    _, (d_taught, d_lower, more, d_weight) = unmix(0, d_taught)
+    d_hidden, nothing = (d_hidden + more).astype(dtype), jnp.zeros_like(d_decay)
+    begin = d_taught, d_hidden, d_lower, jnp.zeros_like(d_write), d_write, nothing
     end = *end[:-1], nothing
     d_taught, d_hidden = (
         jnp.concatenate([a, _in_time(b), c], 1)
@@ -851,14 +922,14 @@ def _recall_backward(gain, kept, cotangents):
         decay=d_decay,
         stay=_no_slope(groups.tables.stay),
     )
-    slopes = _Group(hidden=d_hidden, slow=d_y + d_taught, values=-_later(d_taught), tables=tables)
-    return (slopes,)
+    slopes = _Group(hidden=d_hidden, values=-_later(d_taught), tables=tables)
+    return (slope + d_weight).astype(weight.dtype), slopes
 
 
 _recall.defvjp(_recall_forward, _recall_backward)
 
 
-def _recall_fused(gain, groups: _Group):
+def _recall_fused(gain, weight, groups: _Group):
     """As `_recall` of groups that are one chunk, by a kernel; there is no gain."""
     del gain
     tables, count = groups.tables, groups.tables.stay.shape[1]
@@ -876,24 +947,24 @@ def _recall_fused(gain, groups: _Group):
         decay=jnp.where(last, 1, tables.decay[..., 0, 0]),
     )
     stay = tables.stay.astype(tokens.decay.dtype)
-    y, state, finite = _read_fused(tokens, groups.slow, flat(tables.size), stay)
+    y, state, finite = _read_fused(tokens, weight, flat(tables.size), stay)
     return y, (state,), finite.T[:-1]
 
 
 @jax.custom_vjp
-def _read_fused(tokens: kernels.Tokens, slow, size, stay):
+def _read_fused(tokens: kernels.Tokens, weight, size, stay):
     """What a level answers, its deltas after the last chunk, and which moves were finite."""
-    return kernels.answer(tokens, slow, size, stay, keep=False, interpret=_interpret())[:3]
+    return kernels.answer(tokens, weight, size, stay, keep=False, interpret=_interpret())[:3]
 
 
-def _read_fused_forward(tokens, slow, size, stay):
-    answer = kernels.answer(tokens, slow, size, stay, keep=True, interpret=_interpret())
+def _read_fused_forward(tokens, weight, size, stay):
+    answer = kernels.answer(tokens, weight, size, stay, keep=True, interpret=_interpret())
     y, state, finite, before = jax.tree.map(lambda a: checkpoint_name(a, KEPT), answer)
-    return (y, state, finite), (tokens, stay, y, finite, before)
+    return (y, state, finite), (tokens, weight, stay, y, finite, before)
 
 
 def _read_fused_backward(kept, cotangents):
-    tokens, stay, y, finite, before = kept
+    tokens, weight, stay, y, finite, before = kept
     d_y, d_state, _ = cotangents
     moved = jnp.repeat(finite, y.shape[1] // stay.shape[1], axis=1)
     tokens = tokens._replace(
@@ -901,8 +972,9 @@ def _read_fused_backward(kept, cotangents):
     )
     d_answer, d_taught, d_after = kernels.unlearn(tokens, d_y, d_state, interpret=_interpret())
     d_hidden, d_write, d_decay = kernels.charge(
-        tokens, y, before, d_answer, d_after, interpret=_interpret()
+        tokens, weight, y, before, d_answer, d_after, interpret=_interpret()
     )
+    d_weight = jnp.einsum("BTI,BTO->IO", tokens.hidden, d_answer, preferred_element_type=stay.dtype)
     d_tokens = kernels.Tokens(
         hidden=d_hidden,
         values=-_later(d_taught),
@@ -911,7 +983,7 @@ def _read_fused_backward(kept, cotangents):
         decay=jnp.where(finite, d_decay, 0),
     )
     nothing = jnp.zeros((len(y), y.shape[1]), stay.dtype)
-    return d_tokens, d_answer, nothing, jnp.zeros_like(stay)
+    return d_tokens, d_weight.astype(weight.dtype), nothing, jnp.zeros_like(stay)
 
 
 _read_fused.defvjp(_read_fused_forward, _read_fused_backward)

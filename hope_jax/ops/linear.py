@@ -86,7 +86,10 @@ def _dense_beside_backward(kept, slopes):
     x, first, second = kept
     (count, _, out), rows = second.shape, x.shape[:-1]
     second = jnp.moveaxis(second, 0, 1).reshape(x.shape[-1], count * out)
-    slope = jnp.concatenate([slopes[0], slopes[1].reshape(*rows, count * out)], -1)
+    # Written where they are to lie: XLA would first write what it lays side by side apart.
+    slope = jax.lax.empty((*rows, first.shape[1] + count * out), x.dtype)
+    for at, part in ((0, slopes[0]), (first.shape[1], slopes[1].reshape(*rows, -1))):
+        slope = jax.lax.dynamic_update_slice_in_dim(slope, part, at, -1)
     d_x = slope @ jnp.concatenate([first, second], -1).astype(x.dtype).T
     d_weight = jnp.einsum("...D,...E->DE", x, slope, preferred_element_type=first.dtype)
     d_first, d_second = jnp.split(d_weight, [first.shape[1]], -1)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 PLATFORM = "gpu"
 COLUMNS, WARPS = 32, 4
 """Of the matrix, that a program has where they are sequential, and its warps."""
-ROWS, STEP, ROW_WARPS = 128, 64, 4
+ROWS, STEP, ROW_WARPS = 128, 32, 4
 """Rows of it that a program has where chunks lie side by side, columns at a time, and its warps."""
 STAGES = 2
 LONGEST = 64
@@ -68,7 +68,7 @@ def refusal(chunk: int, time: int, inputs: int, outputs: int) -> str | None:
 
 def answer(
     tokens: Tokens,
-    slow: Float[Array, "B T O"],
+    weight: Float[Array, "I O"],
     size: Float[Array, "B T"],
     stay: Float[Array, "B N"],
     *,
@@ -81,12 +81,12 @@ def answer(
 
     Equivalent to, for each chunk:
 
-        y = slow + read (h D)
+        y = h weight + read (h D)
         D <- decay D - h^T (write (y - the next token's values))
 
     Args:
       tokens: What is read.
-      slow: What the slow weights answer.
+      weight: The slow weights, in the type of the tokens.
       size: No less than any number of a token in `write h^T`.
       stay: What the deltas keep at a move that is left out because it is not finite.
       keep: Whether to return what the deltas were as chunks began.
@@ -96,28 +96,33 @@ def answer(
       The answers; the deltas after the last chunk; whether moves were finite in all columns; the
       deltas as chunks began, in the type of the tokens, or None.
     """
-    (batch, time, inputs), outputs, count = tokens.hidden.shape, slow.shape[-1], stay.shape[1]
-    width = min(COLUMNS, outputs)
+    (batch, time, inputs), outputs, count = tokens.hidden.shape, weight.shape[1], stay.shape[1]
+    width, dtype = min(COLUMNS, outputs), tokens.hidden.dtype
     grid = outputs // width, batch
-    wide = jnp.promote_types(slow.dtype, jnp.float32)
+    wide = jnp.promote_types(dtype, jnp.float32)
     out = (
-        jax.ShapeDtypeStruct(slow.shape, slow.dtype),
+        jax.ShapeDtypeStruct((batch, time, outputs), dtype),
         jax.ShapeDtypeStruct((batch, inputs, outputs), wide),
         jax.ShapeDtypeStruct((batch, grid[0], count), jnp.int32),
     )
     places = _columns(out[0], width), _columns(out[1], width), _block(out[2])
     if keep:
-        out = *out, jax.ShapeDtypeStruct((batch, count, inputs, outputs), slow.dtype)
+        out = *out, jax.ShapeDtypeStruct((batch, count, inputs, outputs), dtype)
         places = *places, _deltas(out[3], width)
     y, deltas, finite, *before = pl.pallas_call(
         partial(_answer_kernel, time // count),
         out_shape=out,
         grid=grid,
-        in_specs=[_tokens(tokens, width), _columns(slow, width), _row(size), _row(stay)],
+        in_specs=[
+            _tokens(tokens, width),
+            pl.BlockSpec((inputs, width), lambda o, _b: (0, o)),
+            _row(size),
+            _row(stay),
+        ],
         out_specs=places,
         name="continuum_answer",
         **_how(WARPS, interpret),
-    )(tokens, slow, size, stay)
+    )(tokens, weight, size, stay)
     return y, deltas, jnp.all(finite > 0, 1), before[0] if keep else None
 
 
@@ -158,6 +163,7 @@ def unlearn(
 
 def charge(
     tokens: Tokens,
+    weight: Float[Array, "I O"],
     y: Float[Array, "B T O"],
     before: Float[Array, "B N I O"],
     d_answer: Float[Array, "B T O"],
@@ -168,7 +174,8 @@ def charge(
     """Finds the gradients of inputs, of shares in moves and of decays.
 
     Args:
-      tokens: What was read.
+      tokens: What was read; whether what a chunk began with was, is one or zero.
+      weight: As for `answer`.
       y: The answers.
       before: The deltas as chunks began.
       d_answer: The gradient of the answers before any of them were taught.
@@ -187,6 +194,7 @@ def charge(
     def row(array):
         return pl.BlockSpec((None, array.shape[1]), lambda _i, _n, b: (b, 0))
 
+    slow = pl.BlockSpec((high, outputs), lambda i, _n, _b: (i, 0))
     deltas = pl.BlockSpec((None, None, high, outputs), lambda i, n, b: (b, n, i, 0))
     specs = Tokens(
         token(tokens.hidden, tiled=True), token(y), *(row(array) for array in tokens[2:])
@@ -202,23 +210,25 @@ def charge(
         _charge_kernel,
         out_shape=out,
         grid=grid,
-        in_specs=[specs, token(y), deltas, token(d_answer), deltas],
+        in_specs=[specs, slow, token(y), deltas, token(d_answer), deltas],
         out_specs=(token(tokens.hidden, tiled=True), own, one),
         name="continuum_charge",
         **_how(ROW_WARPS, interpret),
-    )(tokens, y, before, d_answer, d_after)
+    )(tokens, weight, y, before, d_answer, d_after)
     return hidden, jnp.sum(write, 1), jnp.sum(decay, 1)
 
 
-def _answer_kernel(chunk, tokens, slow, size, stay, y, deltas, finite, *before):
+def _answer_kernel(chunk, tokens, weight, size, stay, y, deltas, finite, *before):
+    theta = weight[...]
+
     def step(n, state, *, careful):
         rows = pl.ds(n * chunk, chunk)
         hidden = tokens.hidden[rows, :]
         kept = state.astype(hidden.dtype)
         for place in before:
             place[n] = kept
-        fast = _dot(hidden, kept, state.dtype)
-        told = (slow[rows, :] + tokens.read[rows][:, None] * fast).astype(y.dtype)
+        fast = tokens.read[rows][:, None] * _dot(hidden, kept, state.dtype)
+        told = (_dot(hidden, theta, state.dtype) + fast).astype(y.dtype)
         y[rows, :] = told
         wanted = _next(tokens.values, n * chunk, told.shape)
         taught = _taught_by(tokens, rows, told, wanted)
@@ -264,7 +274,7 @@ def _unlearn_kernel(chunk, tokens, d_y, d_deltas, d_answer, d_taught, d_after):
     jax.lax.fori_loop(0, count, step, d_deltas[...])
 
 
-def _charge_kernel(tokens, y, before, d_answer, d_after, d_hidden, d_write, d_decay):
+def _charge_kernel(tokens, weight, y, before, d_answer, d_after, d_hidden, d_write, d_decay):
     n, chunk = pl.program_id(1), y.shape[0]
     rows = pl.ds(n * chunk, chunk)
     size, wide = min(STEP, y.shape[1]), d_write.dtype
@@ -275,14 +285,16 @@ def _charge_kernel(tokens, y, before, d_answer, d_after, d_hidden, d_write, d_de
         old, new = before[:, part], d_after[:, part]
         wanted = _next(tokens.values, 0, (chunk, size), k * size)
         taught = _taught_by(tokens, rows, y[:, part], wanted).astype(old.dtype)
-        seen = seen + _dot(d_answer[:, part], old.T, wide)
+        asked = d_answer[:, part]
+        read = (tokens.read[rows][:, None] * asked).astype(asked.dtype)
+        seen = seen + _dot(read, old.T, wide) + _dot(asked, weight[:, part].T, wide)
         learned = learned + _dot(taught, new.T, wide)
         return seen, learned, kept + jnp.sum(old.astype(wide) * new.astype(wide), 1)
 
     zero = jnp.zeros(d_hidden.shape, wide)
     sums = zero, zero, jnp.zeros(before.shape[0], wide)
     seen, learned, kept = jax.lax.fori_loop(0, y.shape[1] // size, step, sums)
-    told = tokens.read[rows][:, None] * seen - tokens.write[rows][:, None] * learned
+    told = seen - tokens.write[rows][:, None] * learned
     d_hidden[...] = told.astype(d_hidden.dtype)
     d_write[...] = -jnp.sum(tokens.hidden[...].astype(wide) * learned, 1)
     d_decay[n] = jnp.sum(kept)
