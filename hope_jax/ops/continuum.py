@@ -26,8 +26,8 @@ which a loop would copy first."""
 
 KEPT = "continuum_level"
 """What a policy of rematerialisation may keep: the values and, of the forms for accelerators, the
-answers, the deltas that groups of chunks begin with if they are not many, and what joins chunks of
-a group. Without, the backward pass goes from group to group once more."""
+answers, what they teach, the deltas that groups of chunks begin with if they are not many, and what
+joins chunks of a group. Without, the backward pass goes from group to group once more."""
 
 LARGEST = 2
 """Deltas for each token and feature of an answer, up to which they are kept under that name."""
@@ -620,7 +620,7 @@ def _together(setting, pace, weight, fast: Fast, tokens: _Tokens, joined: int, r
         (y, state, finite), _ = _recall_forward(gain, weight, groups)
     last = _group_at(groups, groups.tables.stay.shape[1] - 1)
     taught = _taught(gain, last, y[:, -size:], _slow(weight, last))
-    state, end = _next(last, state, taught, _weighed(last, taught))
+    state, end = _next(last, state, taught)
     writes = joined * (jnp.sum(finite, 0, dtype=jnp.int32) + end)
     state = tuple(z[:, None] for z in state)
     return y, fast._replace(
@@ -683,20 +683,20 @@ def _taught(gain, group: _Group, y, slow):
     return _where(group.tables.keys, error).astype(slow.dtype)
 
 
-def _weighed(group: _Group, taught) -> list[Float[Array, "B S O"]]:
-    """What is taught, with its shares in the move.
+def _weighed(group: _Group) -> list[Float[Array, "B S I"]]:
+    """The inputs, with their shares in the move.
 
     The sign is theirs: it would be read and written for the products.
     """
-    return [_times(-w, taught) for w in jnp.moveaxis(group.tables.write, -1, 0)]
+    return [_times(-w, group.hidden) for w in jnp.moveaxis(group.tables.write, -1, 0)]
 
 
-def _next(group: _Group, state, taught, weighed):
+def _next(group: _Group, state, taught):
     """The state after a group, and whether its move is finite; if it is not, it is left out."""
     largest = jnp.sum(jnp.abs(taught.astype(state[0].dtype)), -1)
     bound = jnp.sum(group.tables.size * largest, -1) + jnp.sum(group.tables.decay, (1, 2))
     finite = jnp.isfinite(bound)  # which is so before the products, and takes none of their bytes
-    moves = _moves(group.hidden, weighed)
+    moves = [_moves(hidden, taught) for hidden in _weighed(group)]
     new = [kept + move for kept, move in zip(_mix(group.tables.decay, state), moves, strict=True)]
     return tuple(
         jnp.where(_rows(finite, a), a, jnp.where(_rows(group.tables.stay, b), b, 0))
@@ -704,9 +704,9 @@ def _next(group: _Group, state, taught, weighed):
     ), finite
 
 
-def _moves(hidden, weighed) -> list[Float[Array, "B I O"]]:
-    """Sums products of inputs and weighted rows over the tokens."""
-    return [jnp.einsum("BSI,BSO->BIO", hidden, rows) for rows in weighed]
+def _moves(hidden: Float[Array, "B S I"], rows: Float[Array, "B S O"]) -> Float[Array, "B I O"]:
+    """Sums products over the tokens."""
+    return jnp.einsum("BSI,BSO->BIO", hidden, rows)
 
 
 def _product_with(state: Float[Array, "B I O"], hidden: Float[Array, "B S I"]):
@@ -769,7 +769,7 @@ def _recall(gain, weight: Float[Array, "I O"], groups: _Group):
 
     Returns also the state before the last group's move, and which of the moves before it are
     finite. The backward pass keeps the states that groups begin with, in the type of what is read,
-    and what moves were made of.
+    and what groups teach.
     """
     return _recall_forward(gain, weight, groups)[0]
 
@@ -790,41 +790,35 @@ def _recall_forward(gain, weight, groups: _Group):
         y = _put(y, index, part)
         return kept, y, _taught(gain, group, _time_at(y, index, part.shape[1]), slow)
 
-    def move(index, state, taught):
-        group = _group_at(groups, index)
-        weighed = _weighed(group, taught)
-        state, finite = _next(group, state, taught, weighed)
-        return state, weighed, finite
-
     def step(carry, _):
         # The index is carried, for one of an array would not be known where steps are unrolled.
         index, y, state = carry
         kept, y, taught = answer(index, y, state)
-        state, weighed, finite = move(index, state, taught)
-        return (index + 1, y, state), (kept, weighed, finite)
+        state, finite = _next(_group_at(groups, index), state, taught)
+        return (index + 1, y, state), (kept, taught, finite)
 
     last, count = groups.tables.stay.shape[1] - 1, groups.tables.read.shape[-1]
     room = jax.lax.empty((*hidden.shape[:2], weight.shape[1]), hidden.dtype)
-    _, y, taught = answer(0, room, ())
+    _, y, begin = answer(0, room, ())
     state = (jnp.zeros((len(hidden), *weight.shape), _wide(hidden.dtype)),) * count
     if not last:
         return (y, state, jnp.zeros((0, len(hidden)), bool)), None
-    state, begin, moved = move(0, state, taught)
-    (_, y, state), (states, weighed, finite) = jax.lax.scan(
+    state, moved = _next(_group_at(groups, 0), state, begin)
+    (_, y, state), (states, taught, finite) = jax.lax.scan(
         step, (1, y, state), length=last - 1, unroll=max(1, min(UNROLL, last - 1))
     )
-    kept, y, _ = answer(last, y, state)
+    kept, y, end = answer(last, y, state)
     states = tuple(jnp.concatenate([a, b[None]]) for a, b in zip(states, kept, strict=True))
     if len(states) * hidden.shape[-1] <= LARGEST * groups.tables.keys.shape[-1]:
         states = checkpoint_name(states, KEPT)
-    weighed = [jnp.concatenate([a[None], b]) for a, b in zip(begin, weighed, strict=True)]
+    taught = jnp.concatenate([begin[None], taught, end[None]])
     finite = jnp.concatenate([moved[None], finite])
-    y, weighed, finite = (checkpoint_name(a, KEPT) for a in (y, weighed, finite))
-    return (y, state, finite), (weight, groups, mixing, states, y, weighed, finite)
+    y, taught, finite = (checkpoint_name(a, KEPT) for a in (y, taught, finite))
+    return (y, state, finite), (weight, groups, mixing, states, taught, finite)
 
 
 def _recall_backward(gain, kept, cotangents):
-    weight, groups, mixing, states, y, weighed, finite = kept
+    weight, groups, mixing, states, taught, finite = kept
     d_y, d_state, _ = cotangents
     dtype, wide, size = d_y.dtype, d_state[0].dtype, groups.tables.keys.shape[-1]
     last = groups.tables.stay.shape[1] - 1
@@ -832,10 +826,6 @@ def _recall_backward(gain, kept, cotangents):
     def overlaps(array, others):
         """The gradient of shares of an array."""
         return jnp.stack([jnp.sum((array * one).astype(wide), -1) for one in others], -1)
-
-    def taught(index):
-        group = _group_at(groups, index)
-        return _taught(gain, group, _time_at(y, index, size), _slow(weight, group))
 
     def unmix(index, d_taught, shares=()):
         """What is asked of a group before its chunks are joined, whole and in shares.
@@ -848,7 +838,7 @@ def _recall_backward(gain, kept, cotangents):
             # The rest is kept apart from `d_y`, beside which it is small and would be rounded.
             d_taught = d_taught + _unmixed(_table_at(mixing, index), d_before)
             d_before = (d_answer + d_taught).astype(dtype)
-            d_lower = -_lower_products(groups.tables.lower[:, 0], d_before, taught(index))
+            d_lower = -_lower_products(groups.tables.lower[:, 0], d_before, _at(taught, index))
         asked = [d_before, *(_times(share, d_before) for share in shares)]
         asked = jax.lax.optimization_barrier(asked)  # written in one pass, not in one for each
         d_slow = asked[0] if gain == 1 else (d_answer + d_taught / gain).astype(dtype)
@@ -862,7 +852,7 @@ def _recall_backward(gain, kept, cotangents):
         d_taught, d_lower, d_hidden, d_weight = found
         d_seen = [jnp.einsum("BSO,BIO->BSI", d_before, z) for z in _at(states, index - 1)]
         d_hidden = d_hidden + _weighted_sum(group.tables.read, d_seen)
-        more = _moves(group.hidden, d_read)
+        more = [_moves(group.hidden, rows) for rows in d_read]
         d_state = tuple(a + b for a, b in zip(d_state, more, strict=True))
         return d_state, d_weight, (d_taught, d_lower, overlaps(group.hidden, d_seen), d_hidden)
 
@@ -870,17 +860,18 @@ def _recall_backward(gain, kept, cotangents):
         group, moved = _group_at(groups, index), _at(finite, index)
         d_new = [jnp.where(_rows(moved, d), d, 0) for d in d_state]
         d_move = [d.astype(dtype) for d in d_new]
-        d_weighed = [_product_with(d, group.hidden) for d in d_move]
-        d_taught = _weighted_sum(-group.tables.write, d_weighed)
-        pairs = zip(_at(weighed, index), d_move, strict=True)
-        d_hidden = sum(jnp.einsum("BSO,BIO->BSI", rows, d) for rows, d in pairs)
+        pairs = zip(d_move, _weighed(group), strict=True)
+        d_taught = sum(_product_with(d, hidden).astype(wide) for d, hidden in pairs)
+        told = _at(taught, index)
+        d_weighed = [jnp.einsum("BSO,BIO->BSI", told, d) for d in d_move]
+        d_hidden = _weighted_sum(-group.tables.write, d_weighed)
         before = _at(states, jnp.maximum(index - 1, 0))
         d_decay = [[jnp.sum(d * z, (1, 2)) for z in before] for d in d_new]
         d_decay = jnp.stack([jnp.stack(row, -1) for row in d_decay], 1)
         older = _mix(jnp.swapaxes(group.tables.decay, 1, 2), d_new)
         still = [jnp.where(_rows(~moved & group.tables.stay, d), d, 0) for d in d_state]
         d_state = tuple(a + b for a, b in zip(older, still, strict=True))
-        return d_state, d_taught, d_hidden, -overlaps(taught(index), d_weighed), d_decay
+        return d_state, d_taught, d_hidden, -overlaps(group.hidden, d_weighed), d_decay
 
     def step(carry, _):
         index, d_state, d_weight = carry
