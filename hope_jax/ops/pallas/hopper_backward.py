@@ -13,8 +13,8 @@ four phases, between which all wait for all:
 The gradients of origins are sums over tokens, for which registers do not suffice: phase 4 adds to
 them in the second cache. What the read owes its origin is summed by `hopper_prepare`.
 
-Cost for each token of a head with 64 features: 64 products of two 64 x 64 matrices for a chunk,
-0.52 MFLOPs, and 2.6 kB read and written, 2 kB more in the second cache; 0.3 and 0.4 ms of an H100
+Cost for each token of a head with 64 features: 54 products of two 64 x 64 matrices for a chunk,
+0.44 MFLOPs, and 2.6 kB read and written, 2 kB more in the second cache; 0.23 and 0.41 ms of an H100
 for a batch of 8 x 4,096 tokens with 16 heads.
 """
 

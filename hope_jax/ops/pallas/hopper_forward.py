@@ -11,10 +11,10 @@ wait for all:
 
 The third reads meanwhile: while the last inverts, all but what the chunk's own tokens add to it.
 
-Cost for each token of a head with 64 features: 46 products of two 64 x 64 matrices for a chunk,
-0.38 MFLOPs, and 0.4 kB read and written, 0.5 kB more for `backward`; 0.1 ms of an H100 for the
-one and for the other, for a batch of 8 x 4,096 tokens with 16 heads. It takes longer, for the
-products of a chunk wait for one another, ten of them to invert.
+Cost for each token of a head with 64 features: 45 products of two 64 x 64 matrices for a chunk,
+0.37 MFLOPs, and 0.4 kB read and written, 0.5 kB more for `backward`; 0.2 ms of an H100 for the
+one and 0.06 or 0.15 ms for the other, for a batch of 8 x 4,096 tokens with 16 heads. It takes
+longer, for the products of a chunk wait for one another, ten of them to invert.
 """
 
 from functools import partial

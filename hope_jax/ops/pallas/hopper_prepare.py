@@ -4,8 +4,8 @@ A program for some chunks of each head, of four warpgroups, goes through the fir
 `hopper_forward` again, but for what was kept of them, and undoes the read. As one program fills a
 multiprocessor, it asks for what it reads of a chunk during the chunk before.
 
-Cost for each token of a head with 64 features: 50 products of two 64 x 64 matrices for a chunk,
-0.41 MFLOPs, and 2.9 kB read and written; 0.2 and 0.45 ms of an H100 for a batch of 8 x 4,096
+Cost for each token of a head with 64 features: 38 products of two 64 x 64 matrices for a chunk,
+0.31 MFLOPs, and 3.0 kB read and written; 0.17 and 0.47 ms of an H100 for a batch of 8 x 4,096
 tokens with 16 heads.
 """
 
