@@ -69,7 +69,9 @@ class Tiles(NamedTuple):
         return self.ref.at[self.places[name] + memory + self.shift]
 
 
-def launch(kernel: Callable, name: str, out: Any, scratch: Any, interpret: Any, **grid: int) -> Any:
+def launch(
+    kernel: Callable, name: str, out: Any, scratch: Any, interpret: Any, grid: dict[str, int]
+) -> Any:
     """Makes a kernel of four warpgroups with a barrier, given last, at which all may wait for all.
 
     Args:
@@ -78,7 +80,7 @@ def launch(kernel: Callable, name: str, out: Any, scratch: Any, interpret: Any, 
       out: What comes out.
       scratch: Room in shared memory, and barriers.
       interpret: False, or how Mosaic is to interpret it.
-      **grid: The numbers of programs along named axes.
+      grid: The numbers of programs along named axes.
     """
 
     def body(*refs):
@@ -145,7 +147,7 @@ def meet(together):
     mosaic.barrier_wait(together)
 
 
-def keep(place, matrix):
+def lay(place, matrix):
     """Lays a matrix where the others read it, and returns what rounding takes of it."""
     rounded = matrix.astype(place.dtype)
     put(place, rounded)

@@ -41,8 +41,8 @@ from hope_jax.ops.pallas.hopper import (
     by_row,
     fetch_origins,
     fetch_start,
-    keep,
     launch,
+    lay,
     meet,
     narrow,
     put,
@@ -51,7 +51,7 @@ from hope_jax.ops.pallas.hopper import (
     wide,
 )
 from hope_jax.ops.pallas.hopper_lesson import GATES, KEYS, MAIN, place_of, places_of
-from hope_jax.ops.pallas.hopper_prepare import COLUMNS
+from hope_jax.ops.pallas.hopper_prepare import COLUMNS, scale_of
 from hope_jax.ops.pallas.walk import Gradients, Sequence
 
 ROOM = dict.fromkeys(("origin", "after", "state", "delta", "owed", "target"), len(MEMORIES)) | {
@@ -129,7 +129,8 @@ def unlearn(
     full = Full(*(mosaic.Barrier(num_barriers=n) for n in (4, 4, 4, 1, 3)))
     scratch = tiles, mosaic.SMEM((6, SIZE), jnp.float32), full
     kernel = partial(_unlearn_kernel, plan, places, heads, count, bool(interpret))
-    out = launch(kernel, "memory_unlearn", out, scratch, interpret, head=heads, row=batch)(given)
+    grid = {"head": heads, "row": batch}
+    out = launch(kernel, "memory_unlearn", out, scratch, interpret, grid)(given)
     gates = jnp.pad(jnp.swapaxes(out["gates"], 1, 2), [(0, 0), (0, 0), (0, GATE_ROWS - 2)])
     slopes = {"k": out["k"], "v": out["v"], "gates": gates}
     slopes = {name: slope.reshape(*place, *slope.shape[1:]) for name, slope in slopes.items()}
@@ -198,8 +199,7 @@ def _unlearn_kernel(
 
         def unscale():
             along = jnp.sum(owed * target, 1)
-            place = COLUMNS.index("scale_k") + jnp.minimum(me, MAIN)
-            scale = desk.read(given["columns"].at[i, place], BY_ROW)
+            scale = desk.read(given["columns"].at[i, scale_of(me)], BY_ROW)
             return (owed - target * by_row(along)) * by_row(scale)
 
         def unscale_gates():
@@ -341,7 +341,7 @@ def _unlearn_kernel(
         after = desk.dot(*asked, start=after)
         answer = partial(desk.dot, (desk.turn(slopes), tiles("state")), start=after)
         after = jax.lax.cond(me == MAIN, lambda: after, answer)
-        return keep(tiles("after", me), after)
+        return lay(tiles("after", me), after)
 
     def chunk(done, after):
         n = count - 1 - done
@@ -377,7 +377,7 @@ def _unlearn_kernel(
         fetch_shared(name, count - 1)
     put(out["origins"].at[b, h, me], desk.hold(jnp.zeros(SQUARE, jnp.float32)))
     after = desk.read(given["after"].at[b, h, me], MATRIX)
-    after = keep(fresh(0)("after", me), after)
+    after = lay(fresh(0)("after", me), after)
     for m in every:
         mosaic.barrier_wait(full.origin.at[m])
     after = jax.lax.fori_loop(0, count, chunk, after)

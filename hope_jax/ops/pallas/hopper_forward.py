@@ -35,8 +35,8 @@ from hope_jax.ops.pallas.hopper import (
     Desk,
     Tiles,
     fetch_origins,
-    keep,
     launch,
+    lay,
     meet,
     narrow,
     put,
@@ -102,7 +102,8 @@ def forward(
     full = mosaic.Barrier(num_barriers=2 + len(MEMORIES))
     scratch = tiles, vectors, full, mosaic.Barrier()
     kernel = partial(_kernel, plan, places, heads, count, bool(interpret))
-    out = launch(kernel, "memory_forward", out, scratch, interpret, head=heads, row=batch)(given)
+    grid = {"head": heads, "row": batch}
+    out = launch(kernel, "memory_forward", out, scratch, interpret, grid)(given)
     states = {name: narrow(name, out["states"][:, :, m]) for m, name in enumerate(MEMORIES)}
     if not keep:
         return out["y"], states, None
@@ -147,7 +148,7 @@ def _kernel(
         put(tiles("shares"), weights * desk.dot((q, desk.turn(tiles("key")))))
         y = desk.dot((q, desk.turn(tiles("state", MAIN)))) * before
         y = desk.dot((q, desk.turn(tiles("origin", MAIN))), start=y)
-        put(tiles("rest"), keep(tiles("seen"), y))
+        put(tiles("rest"), lay(tiles("seen"), y))
         mosaic.commit_smem()
 
     def add(n):
@@ -187,7 +188,7 @@ def _kernel(
         state = desk.dot((desk.turn(tiles("delta", me)), tiles("key")), start=state)
         if "starts" in out:
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-        state = keep(tiles("state", me), state)
+        state = lay(tiles("state", me), state)
         meet(together)
         pl.when(more)(lambda: fetch("q", n + 1))
         return state
@@ -199,7 +200,7 @@ def _kernel(
         fetch("x", 0)
         fetch("q", 0)
 
-    state = keep(fresh(0)("state", me), desk.read(given["state"].at[b, h, me], MATRIX))
+    state = lay(fresh(0)("state", me), desk.read(given["state"].at[b, h, me], MATRIX))
     for barrier in of_origins:
         mosaic.barrier_wait(barrier)
     meet(together)

@@ -57,7 +57,7 @@ COLUMNS = (
 """What is noted of each token as one number, in the order in which they lie in memory."""
 
 OWED = len(VECTORS)
-"""Where, behind those, lies what is owed for each token as the chunk's first state decays."""
+"""Where, behind `VECTORS`, lies what is owed for each token as the chunk's first state decays."""
 
 LENGTH = 8
 """The most chunks that a program goes through: the next one's matrices come during one."""
@@ -68,6 +68,11 @@ ROOM = {name: count for name, count in LESSON.items() if name != "corner"} | dic
 """Matrices in shared memory, beside those of a lesson: the gradient of what was read, and that with
 the weights of the chunk's first state; keys as they last; what reads have of what tokens added, and
 its gradient; what is owed for spans of time, and for pairs of a query and a key."""
+
+
+def scale_of(memory: Any) -> Any:
+    """Where among `COLUMNS` lies what scaled a memory's targets; the gates have none."""
+    return COLUMNS.index("scale_k") + jnp.minimum(memory, MAIN)
 
 
 class Full(NamedTuple):
@@ -131,7 +136,7 @@ def prepare(
     scratch = tiles, vectors, full, mosaic.Barrier()
     kernel = partial(_kernel, plan, places, heads, count, length, bool(interpret))
     grid = {"head": heads, "row": batch, "part": parts[2]}
-    return launch(kernel, "memory_prepare", out, scratch, interpret, **grid)(given)
+    return launch(kernel, "memory_prepare", out, scratch, interpret, grid)(given)
 
 
 def _kernel(
@@ -143,7 +148,7 @@ def _kernel(
     b, h, part, me = (jax.lax.axis_index(name) for name in axes)
     tiles = Tiles(ref, places, given["shift"][0])
     sit = partial(Lesson, plan, desk, given, tiles, vectors, weighed, together, b, h, me)
-    asked = ("x", "q", "dy", "inverse")
+    asked, every = ("x", "q", "dy", "inverse"), range(len(MEMORIES))
 
     def fetch(name, n):
         """Asks for a matrix, each a warpgroup of its own."""
@@ -159,15 +164,14 @@ def _kernel(
             mosaic.copy_gmem_to_smem(source, sit().fresh(n)(name), barrier)
 
     def fetch_state(n, first=False):
-        i, barriers = (b * heads + h) * count + n, [full.state.at[m] for m in range(4)]
+        i, barriers = (b * heads + h) * count + n, [full.state.at[m] for m in every]
         fetch_start(desk, me, sit().fresh(n), given["state"], i, barriers, first)
 
     def tell(i, name, value, memory: Any = None):
         if name == "target":
             put(out["target"].at[memory, i], value)
         elif name == "scale":
-            place = COLUMNS.index("scale_k") + jnp.minimum(memory, MAIN)
-            put(out["columns"].at[i, place], value)
+            put(out["columns"].at[i, scale_of(memory)], value)
         else:
             put(out["columns"].at[i, COLUMNS.index(name)], value)
 
@@ -251,7 +255,7 @@ def _kernel(
         i, more = (b * heads + h) * count + n, pl.when(done + 1 < length)
         lesson = sit(partial(tell, i))
         tiles = lesson.fresh(n)
-        for barrier in (full.tokens.at[0], *(full.state.at[m] for m in range(4))):
+        for barrier in (full.tokens.at[0], *(full.state.at[m] for m in every)):
             mosaic.barrier_wait(barrier)
         lesson.say(n)
         lesson.compare(n, me, waits=True)
@@ -287,12 +291,12 @@ def _kernel(
         more(lambda: fetch("q", n + 1))
         return none
 
-    fetch_origins(me, tiles, given["origin"], h, [full.origin.at[m] for m in range(4)])
+    fetch_origins(me, tiles, given["origin"], h, [full.origin.at[m] for m in every])
     fetch_state(part * length, first=True)
     for name in asked:
         fetch(name, part * length)
     zeros = desk.hold(jnp.zeros(SQUARE, jnp.float32))
     pl.when(me == GATES)(lambda: put(out["read"].at[b, h, part], zeros))
-    for m in range(4):
+    for m in every:
         mosaic.barrier_wait(full.origin.at[m])
     jax.lax.fori_loop(0, length, chunk, None)
