@@ -189,6 +189,12 @@ def test_self_referential_kernel_is_the_reference(case):
     assert_same(*self_referential_call(**SELF_REFERENTIAL[case]), 1e-4)
 
 
+def test_what_memories_of_gates_say_may_be_long():
+    op, (x, slow, initial, *rest) = self_referential_call(dgd=False)
+    long = {name: (1e4 * m if name in GATES else m,) for name, (m,) in initial.items()}
+    assert_same(op, (x, slow, long, *rest), 1e-2)  # logits of 1e4 are themselves 1e-3 off
+
+
 def test_parts_of_whole_chunks_are_read_as_one():
     _, (x, slow, initial, biases, _) = self_referential_call(time=64, batch=1, heads=1)
     slow = Slow(**{**dict.fromkeys(("k", "v", "q", *GATES, "beta")), **slow, **biases})

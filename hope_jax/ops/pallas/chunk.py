@@ -939,7 +939,7 @@ def _untarget(plan, notes, name, said, owed):
     if plan.normalize:
         target = _target(plan, notes, name, said)
         if name == "gates":
-            rest = 1 - target * target
+            rest = jnp.maximum(1 - target * target, 0)  # a rounded target may be longer than 1
             dtarget = dtarget * rest * jnp.sqrt(rest)
         else:
             dtarget -= target * jnp.sum(dtarget * target, 1, keepdims=True)

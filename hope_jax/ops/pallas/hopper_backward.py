@@ -203,7 +203,7 @@ def _unlearn_kernel(
             return (owed - target * by_row(along)) * by_row(scale)
 
         def unscale_gates():
-            rest = 1 - target * target
+            rest = jnp.maximum(1 - target * target, 0)  # a rounded target may be longer than 1
             return owed * rest * rest * jax.lax.rsqrt(jnp.maximum(rest, 1e-30))
 
         put(tiles("owed", me), -owed)
