@@ -506,3 +506,11 @@ def test_the_first_tokens_of_a_long_text_have_no_exploding_gradient():
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(layer(x)[0] * slope)))(x)
     sizes = jnp.linalg.norm(gradient[0], axis=-1)
     assert sizes[:64].mean() < 20 * sizes[-64:].mean()
+
+
+def test_where_gates_start_makes_up_for_short_inputs():
+    layer = SelfModifyingTitansConfig(heads=2).build(32, depth=1, key=jax.random.key(0))
+    states = layer.initial_memory(1, jnp.dtype("float32")).fast.state
+    for name, (matrix,) in states.items():
+        times = 4 if name in GATES else 1  # the root of 16 features
+        np.testing.assert_array_equal(matrix[0], times * layer.initial[name][0][...])

@@ -132,7 +132,9 @@ class SelfModifyingTitans(nnx.Module):
     Memories learn at keys of unit length, and are read at inputs of about that length as well:
     what a gate's memory has learned then moves its logit by about 1 at most. At inputs as long as
     activations are, gates that write gates are chaotic: with 64 features the gradient of a fresh
-    layer grows some twentyfold from 512 tokens to 4,096, and a tower of nine learns nothing.
+    layer grows some twentyfold from 512 tokens to 4,096, and a tower of nine learns nothing. Where
+    the memories of gates start counts for as much as if it met the inputs in full: tokens are told
+    apart by it, and with less it would learn that more slowly.
 
     References:
       Behrouz et al., "Nested Learning", 2025, sections 8.1-8.3.
@@ -203,7 +205,11 @@ class SelfModifyingTitans(nnx.Module):
         return self.biases[name][...] if name in self.biases else jnp.zeros(self.config.heads)
 
     def _initial(self) -> dict[str, tuple[Array, ...]]:
-        return {name: tuple(m[...] for m in ms) for name, ms in self.initial.items()}
+        reach = dict.fromkeys(("eta", "alpha"), sqrt(self.frame.each))  # by which inputs are short
+        return {
+            name: (reach.get(name, 1.0) * outer[...], *(m[...] for m in inner))
+            for name, (outer, *inner) in self.initial.items()
+        }
 
     def initial_memory(self, batch: int, dtype: jnp.dtype) -> LayerMemory:
         """What `memory=None` means."""
