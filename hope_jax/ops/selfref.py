@@ -290,7 +290,8 @@ def _each_head(setting, initial, biases, memory, x, views, start):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _in_one_pass(setting, initial, biases, memory, x, views, start):
     """The same by the kernel."""
-    token = one_token.Token(x, *views, None if start is None else start.astype(jnp.int32))
+    starts = None if start is None else start.astype(jnp.int32)
+    token = one_token.Token(x, *views, starts=starts)
     state, momenta, held, initial = (
         {name: matrices[0] for name, matrices in tree.items()}
         for tree in (memory.state, memory.momentum or {}, memory.held, initial)
@@ -300,11 +301,14 @@ def _in_one_pass(setting, initial, biases, memory, x, views, start):
         selfref_fused.plan_of(x, views, setting), state | momenta, held, memory.position, token,
         initial, biases, interpret=platform() != "gpu",
     )  # fmt: skip
+
+    def alone(matrices: dict[str, Array]) -> Matrices:
+        return {name: (matrices[name],) for name in held}
+
     momentum = None
     if momenta:
-        momentum = {name: (after[momentum_of(name)],) for name in held}
-    state, held = ({name: (tree[name],) for name in held} for tree in (after, held))
-    return SelfReferentialMemory(memory.position + 1, state, momentum, held), y
+        momentum = alone({name: after[momentum_of(name)] for name in held})
+    return SelfReferentialMemory(memory.position + 1, alone(after), momentum, alone(held)), y
 
 
 def _in_one_pass_forward(setting, *call):

@@ -526,13 +526,14 @@ def _unread(plan, lesson, place, memories, written, delta, dy, note):
     dlog = _undecay(plan, place, decayed, None, None, spans)
     if plan.read == "current":
         dlog += decayed + jnp.sum(spans, 1, keepdims=True)
-    doverlap = dshares * weights
+    doverlap, late = dshares * weights, None
     if lesson.sweep is not None:
         swept, spread = _reach_of_momentum(plan, lesson)
         asked = _dot(plan, dy, memories.state(momentum_of(name)))
         dspread = _dot(plan, dy, written, 1, 1)
         note("dmomentum", _dot(plan, swept * dy, query, 0, 0))
         dquery, doverlap = dquery + swept * asked, doverlap + dspread * spread
+        late = spread * overlap
         dswept = jnp.sum(asked * query, 1, keepdims=True)
         decayed, dlog_momentum = _unread_momentum(plan, lesson, place, dspread * overlap, dswept)
         note("dlog_momentum", dlog_momentum)
@@ -543,8 +544,8 @@ def _unread(plan, lesson, place, memories, written, delta, dy, note):
     note("dkey", _dot(plan, doverlap, query, 0, 0))
     owed = _settled(plan, lesson, _dot(plan, shares, dy, 0, 0))
     note("ddelta", owed)
-    if lesson.sweep is not None:
-        note("dwritten", _unwritten(plan, lesson, _dot(plan, spread * overlap, dy, 0, 0), owed))
+    if late is not None:
+        note("dwritten", _unwritten(plan, lesson, _dot(plan, late, dy, 0, 0), owed))
 
 
 def _unread_momentum(plan, lesson, place, dspread, dswept):
@@ -690,6 +691,7 @@ def unlearn(
     said = _said(tokens, notes)
     key, delta = said["k"], notes["delta_" + name]
     owed = owing = _owed(plan, notes, name, after)
+    late = None
     if plan.momentum:
         late = _owed_late(plan, notes, name, key, after, after_momentum)
         owing = late + notes["mass"] * owed
@@ -728,7 +730,7 @@ def unlearn(
         erased = Erased(found, came, _dot(plan, owed, delta, 1, 1))
     share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, erased, None)
     state, change = _settle(plan, notes, place, name, key, after, owed, asked)
-    if not plan.momentum:
+    if late is None:
         return share, state, None, change
     written = notes["write"] * along
     swept, dkey, found, momentum = _unlearn_momentum(
@@ -736,7 +738,7 @@ def unlearn(
     )
     share = share._replace(key=share.key + dkey, swept=swept._replace(write=dwrite))
     if erased is not None:
-        share = share._replace(erased=erased._replace(found=erased.found + found))
+        share = share._replace(erased=erased._replace(found=_plus(erased.found, found)))
     if plan.steps:
         dstep = jnp.sum(late * written + owed * delta, 1, keepdims=True)
         share = share._replace(write=dstep)
@@ -800,7 +802,7 @@ def charge(
     """
     key = _said(tokens, notes)["k"]
     dkey, dwrite, dlog = share.key, share.write, share.log
-    dafter, derase, dbefore, spans = share.after, 0.0, None, None
+    dafter, derase, dbefore, dbeta, spans = share.after, 0.0, None, None, None
     if plan.momentum:
         dwrite = dwrite if plan.steps else (1 - tokens["beta"]) * dwrite
     if share.erased is not None:
@@ -808,7 +810,7 @@ def charge(
         erase = _erase(plan, notes)
         pairs *= _decay(plan, place, notes["arrival"], notes["departure"])
         whole = pairs
-        if plan.momentum:
+        if share.swept is not None and share.swept.pairs is not None:
             whole = pairs + notes["spread"] * share.swept.pairs
         dkey -= erase * _dot(plan, whole, key)
         dkey -= _dot(plan, erase * whole, key, 0, 0)
@@ -827,7 +829,7 @@ def charge(
         dlog += derase * _erase(plan, notes)
     if place is not None:
         dlog, dwrite = jnp.where(place.live, dlog, 0), jnp.where(place.live, dwrite, 0)
-        dbeta = jnp.where(place.live, dbeta, 0) if plan.momentum else None
+        dbeta = None if dbeta is None else jnp.where(place.live, dbeta, 0)
     slopes = {"k": _unscale(dkey, key, notes.get("key_scale")), "v": share.value}
     if plan.gates:
         dstep = dwrite if plan.steps else _gate(plan, notes) * dwrite
@@ -836,7 +838,7 @@ def charge(
         slopes["eta"] = dwrite
     if "alpha" not in plan.gates:
         slopes["alpha"] = dlog / jnp.maximum(tokens["alpha"], SMALLEST)
-    if plan.momentum:
+    if dbeta is not None:
         slopes["beta"] = dbeta
     return slopes
 

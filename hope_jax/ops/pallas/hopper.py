@@ -200,11 +200,11 @@ class Desk(NamedTuple):
         """The transpose of a matrix in shared memory."""
         return ref[...].T if self.interpret else ref.transpose((1, 0))
 
-    def dot(self, *pairs, start=None):
+    def dot(self, *pairs, start=None) -> Array:
         """The sum of products of matrices in shared memory, and of `start`, in its place."""
         if self.interpret:
             wide = [[side[...].astype(jnp.float32) for side in pair] for pair in pairs]
-            total = sum(jnp.dot(a, b, precision="highest") for a, b in wide)
+            total: Any = sum(jnp.dot(a, b, precision="highest") for a, b in wide)
             return total if start is None else start + total
 
         def multiply(total):
