@@ -203,8 +203,9 @@ def _unlearn_kernel(
             return (owed - target * by_row(along)) * by_row(scale)
 
         def unscale_gates():
-            rest = jnp.maximum(1 - target * target, 0)  # a rounded target may be longer than 1
-            return owed * rest * rest * jax.lax.rsqrt(jnp.maximum(rest, 1e-30))
+            # A rounded target may be as long as 1 or longer.
+            rest = jnp.maximum(1 - target * target, 1e-30)
+            return owed * rest * rest * jax.lax.rsqrt(rest)
 
         put(tiles("owed", me), -owed)
         put(tiles("target", me), jax.lax.cond(me == GATES, unscale_gates, unscale))
