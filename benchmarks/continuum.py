@@ -321,7 +321,7 @@ def main():
     large = arguments.what == "cost"
     arguments.width = arguments.width or (1024 if large else 384)
     arguments.layers = arguments.layers or (9 if large else 4)
-    hidden = arguments.hidden or ([128, 512, 1024, 1152] if large else [256])
+    hidden = arguments.hidden or ([128, 256, 512, 1920] if large else [256])
     arguments.hidden = hidden if large else hidden[0]
     run = {"cost": cost, "stream": stream, "forgetting": forgetting}[arguments.what]
     for one in run(arguments):
