@@ -97,7 +97,7 @@ def stream(arguments):
     texts = domains(arguments)
     tokens = np.stack([*texts.values()])
     static = trained(arguments, static_levels(arguments))
-    for number, lowest in [(0, 0), *((n, f) for f in arguments.lowest for n in (1, 2, 4))]:
+    for number, lowest in [(0, 0), *((n, f) for f in arguments.lowest for n in (1, 2, 3, 4))]:
         chunks = [lowest // 2 ** (number - 1 - i) for i in range(number)]
         bits = [next_token_bits(model, chunks, tokens, arguments) for model in static]
         for domain, own in zip(texts, np.transpose(bits), strict=True):
