@@ -599,8 +599,9 @@ def _together(setting, pace, weight, fast: Fast, tokens: _Tokens, joined: int, r
     That with theta is taken there too: what it reads is then copied out of the sequence but once,
     and what it answers never lies there.
 
-    FLOPs a token: 4 I O from group to group; for groups of S > C tokens 2 S (I + O) beside. The
-    backward pass takes twice that, and keeps what it need not compute again then, see `KEPT`.
+    FLOPs a token: 2 I O with theta and 4 I O with states; for groups of S > C tokens 2 S (I + O)
+    beside. The backward pass takes twice that, and keeps what it need not compute again then, see
+    `KEPT`.
     """
     size, gain = joined * setting.chunk, _gain(setting)
     batch = len(tokens.x)
