@@ -28,6 +28,9 @@ OPS = ("self_referential", "momentum", "delta", "gated_delta")
 GATES = ("eta_bias", "alpha_bias", "beta", "retain", "write")
 """Arguments that are float32 everywhere and no operands of products."""
 
+SHAPE = {"batch": 8, "time": 4096, "heads": 16, "width": 64}
+"""What is timed; records of another shape say in their names what differs, as B1."""
+
 KERNELS = {"gpu": "pallas_triton", "cpu": "pallas_triton"}
 
 
@@ -245,6 +248,8 @@ def time_forms(rows, records, shape, forms, ops):
     """Times whole ops as a model calls them."""
     kernel = KERNELS[platform()]
     batch, length, heads, width = shape
+    sizes = zip("BTHd", shape, SHAPE.values(), strict=True)
+    other = "".join(f"/{axis}{size}" for axis, size, usual in sizes if size != usual)
     cases = [("self_referential", "bfloat16", 64, ""), ("delta", "bfloat16", 64, "")]
     cases += [("self_referential", "bfloat16", 64, "starts"), ("gated_delta", "bfloat16", 64, "")]
     cases += [("momentum", "bfloat16", 64, "")]
@@ -260,7 +265,7 @@ def time_forms(rows, records, shape, forms, ops):
             for name, run in passes(op, form, chunk, starts).items():
                 note = f"B={batch} T={length} H={heads} d={width} C={chunk} {dtype} {form} {what}"
                 official = form == kernel and not what
-                label = f"op/{op}/{name}"
+                label = f"op/{op}/{name}{other}"
                 label += "" if official else f"/{form}{what and '/'}{what}"
                 jobs.append(((label, note), run, (arrays,)))
     for (label, note), result, compiling in timed(jobs):
@@ -357,7 +362,7 @@ def main():
     parser.add_argument("--out", help="a JSON file to append records to")
     parser.add_argument("--only", default="time,launch,check", help="parts, by comma")
     parser.add_argument("--forms", default="", help="forms to look at, by comma")
-    for name, value in {"batch": 8, "time": 4096, "heads": 16, "width": 64}.items():
+    for name, value in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     shape = options.batch, options.time, options.heads, options.width

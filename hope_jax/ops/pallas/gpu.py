@@ -6,6 +6,12 @@ registers would overflow. With fewer programs than multiprocessors the rest of t
 batch x heads should be at least their number. Backward, each memory of a head has a program of its
 own: for all chunks at once, and where gradients go from chunk to chunk in a launch for each.
 
+Where they are fewer, the rows of a memory, its values' features, are shared out to several programs
+if none needs another's (`split_of`): whatever keys and gates alone decide each computes again, and
+what has values' features it reads and writes for its own rows. Memories that tokens consult are not
+split: every program would need, chunk by chunk, all keys, values and gates that they answer. Nor is
+their time, for what a chunk makes of such states is no associative product.
+
 Cost for each token of a head of five adaptive memories (k, v, memory, eta, alpha), with 64
 features, chunks of 64 and bfloat16 (a product of two 64 x 64 matrices is 8,192 FLOPs a token):
 
@@ -37,7 +43,7 @@ With momentum, a second state of every memory that lies beside the first, it is
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +99,12 @@ KIB_WITH_MOMENTUM = {
 
 HOPPER_KIB = 227
 
+MULTIPROCESSORS = 132
+"""Those of an H100."""
+
+TILE = 16
+"""The fewest rows of a product on tensor cores."""
+
 
 def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
     """Says whether the GPU's shared memory holds what a program needs at once.
@@ -121,6 +133,26 @@ def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
         if plan.chunk <= chunk and widest <= width and kind == operand
     ]
     return min(needs, default=math.inf) <= room
+
+
+def split_of(plan: Plan, batch: int, heads: int, values: int) -> int:
+    """Says how many programs share out the rows of a head's memory in launches along time.
+
+    As many as multiprocessors can run at once, each with a tile of rows at least. Just one where
+    rows depend on one another, through what tokens consult or through the length of a target, and
+    with momentum, whose gradients go back in other launches. The GPU is jax's first; elsewhere it
+    is as for an H100.
+
+    Args:
+      plan: What to compute.
+      batch: Rows of the batch.
+      heads: Heads.
+      values: Features of values, the rows of a memory.
+    """
+    if plan.consults or plan.normalize or plan.momentum:
+        return 1
+    room = getattr(jax.devices()[0], "core_count", MULTIPROCESSORS) // (batch * heads)
+    return max((s for s in (2, 4, 8) if s <= min(room, values // TILE)), default=1)
 
 
 def forward(
@@ -158,12 +190,16 @@ def forward(
         _learning(plan, states) if plan.holds else None,
         starts if keep else None,
     )
+    split, specs = split_of(plan, batch, heads, values), _sequence_specs(sequence)
+    columns, rows = partial(_part, split, -1), partial(_part, split, -2)
+    tokens = {name: columns(spec) if name == "v" else spec for name, spec in specs.tokens.items()}
+    states, held, origins = jax.tree.map(rows, (specs.states, specs.held, specs.origins))
     return pl.pallas_call(
         partial(_forward_kernel, plan, _view(plan, launch)),
         out_shape=out,
-        grid=(heads, batch),
-        in_specs=[_sequence_specs(sequence)],
-        out_specs=(_by_token(out[0]), *jax.tree.map(_by_head, out[1:])),
+        grid=(heads, batch, split),
+        in_specs=[specs._replace(tokens=tokens, states=states, held=held, origins=origins)],
+        out_specs=(columns(_by_token(out[0])), *jax.tree.map(lambda a: rows(_by_head(a)), out[1:])),
         name="memory_forward",
         **_how(launch),
     )(sequence)
@@ -339,7 +375,11 @@ def _push_back(plan, sequence, notes, dstates, launch):
     needed = ("through", "dstate", "pull", "ddelta", "before", "write", "erase")
     notes = {name: notes[name] for name in needed if name in notes}
     key, view = sequence.tokens["k"], _view(plan, launch)
-    count = through.shape[2]
+    batch, heads, values, _ = state.shape
+    count, split = through.shape[2], split_of(plan, batch, heads, values)
+    columns, rows = partial(_part, split, -1), partial(_part, split, -2)
+    specs, rows_of_head = jax.tree.map(_by_head, notes), rows(_by_head(state))
+    specs |= {"dstate": rows(specs["dstate"]), "ddelta": columns(specs["ddelta"])}
 
     def kernel(notes, key, after, before, afters):
         def chunk(i, after):
@@ -353,9 +393,9 @@ def _push_back(plan, sequence, notes, dstates, launch):
     before, afters = pl.pallas_call(
         kernel,
         out_shape=out,
-        grid=(state.shape[1], state.shape[0]),
-        in_specs=[jax.tree.map(_by_head, notes), _by_token(key), _by_head(state)],
-        out_specs=tuple(map(_by_head, out)),
+        grid=(heads, batch, split),
+        in_specs=[specs, _by_token(key), rows_of_head],
+        out_specs=(rows_of_head, specs["dstate"]),
         name="memory_push_back",
         **_how(launch),
     )(notes, key, state)
@@ -431,6 +471,19 @@ def _by_head(array):
     return pl.BlockSpec(
         (None, None, *array.shape[2:]), lambda h, b, *_: (b, h, *[0] * (array.ndim - 2))
     )
+
+
+def _part(split, axis, spec) -> Any:
+    """Shares out an axis of a head's blocks to the programs along the grid's last axis."""
+    block, of_head = list(spec.block_shape), spec.index_map
+    block[axis] //= split
+
+    def index(h, b, part):
+        place = list(of_head(h, b))
+        place[axis] = part
+        return tuple(place)
+
+    return pl.BlockSpec(tuple(block), index)
 
 
 def _sequence_specs(sequence):
