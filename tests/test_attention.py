@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from described import mesh_of
 
 from hope_jax.ops import attention
 from hope_jax.ops.rotary import rotary_angles, rotate
@@ -125,6 +126,18 @@ def test_documents_told_apart_by_features_are_those_of_a_mask(window):
     _, dk, dv = found[2]
     assert not dk[0, :10].any()
     assert not dv[0, :10].any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "fused"),
+    [("NVIDIA A100", 112, True), ("NVIDIA A100", 128, False), ("NVIDIA H100", 128, True),
+     ("NVIDIA H100", 256, False), ("NVIDIA H100", 60, False)],
+)  # fmt: skip
+def test_heads_with_room_for_more_features_are_fused_in_documents(kind, width, fused):
+    q = jnp.zeros((1, 4096, 1, width), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh_of(kind)):
+        found = attention._implementation(q, more=attention._digits(4096))
+    assert found == ("cudnn" if fused else None)
 
 
 @pytest.mark.parametrize("documents", [False, True])

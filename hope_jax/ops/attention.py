@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hope_jax.ops.dispatch import platform
+from hope_jax.ops.dispatch import on_hopper, platform
 
 _SCORES = 4096 * 4096
 """Scores of a row and head up to which all queries are taken at once."""
@@ -15,8 +15,8 @@ _SCORES = 4096 * 4096
 _BLOCK = 1024
 """Queries that are taken at once where there are more scores."""
 
-_WIDEST = 128
-"""Features of a head that cuDNN takes on every GPU."""
+_WIDEST, _WIDEST_ON_HOPPER = 128, 256
+"""Features of a head that cuDNN takes."""
 
 _APART = 64.0
 """Its square outweighs every score, and its multiples up to 32 are exact in half precision."""
@@ -253,12 +253,13 @@ def _remember(
 
 
 def _implementation(q: Array, more: int = 0) -> Literal["cudnn"] | None:
-    """CuDNN's fused attention takes half precision and head widths to 128 in steps of 8.
+    """CuDNN's fused attention takes half precision and head widths to 128 or 256 in steps of 8.
 
     Args:
       q: The queries.
       more: Features they will get.
     """
     half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1] + more
-    fits = half and width <= _WIDEST and width % 8 == 0 and q.shape[1] > 1
+    widest = _WIDEST_ON_HOPPER if on_hopper() else _WIDEST
+    fits = half and width <= widest and width % 8 == 0 and q.shape[1] > 1
     return "cudnn" if fits and platform() == "gpu" else None
