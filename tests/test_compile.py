@@ -13,6 +13,7 @@ from hope_jax import compile_hlo, compile_steps, sharding
 from hope_jax.config import ConfigError
 from hope_jax.ops.fastkv import fast_kv
 from hope_jax.ops.selfref import Slow, self_referential
+from hope_jax.ops.titans import titans
 from hope_jax.sharding import MeshConfig
 
 SMALL = """
@@ -183,6 +184,34 @@ def test_memory_kernels_compile_for_a_tpu(topology, heads, width, dtype, project
         topology, jax.grad(loss, (0, 1, 2, 3)), tokens, tokens, initial, shape(heads), starts
     )
     assert text.count('custom_call_target="tpu_custom_call"') == 6
+
+
+@needs_compiler
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize(
+    ("width", "hidden", "dtype"), [(64, 128, jnp.float32), (64, 256, jnp.bfloat16)]
+)
+def test_kernels_of_memories_that_are_mlps_compile_for_a_tpu(topology, width, hidden, dtype):
+    def loss(x, initial, starts):
+        gate = jax.nn.sigmoid(x[..., 0].astype(jnp.float32))
+        slow = Slow(None, None, x, None, None, None, gate[0, 0], gate[0, 0])
+        y, _ = self_referential(
+            x, slow, initial, None, starts, chunk_memory=64, chunk_projections=64,
+            form="pallas_tpu",
+        )  # fmt: skip
+        memory = initial["memory"]
+        z, _ = titans(x, x, x, gate, gate, gate, memory, None, starts, chunk=64, form="pallas_tpu")
+        return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(z.astype(jnp.float32) ** 2)
+
+    shape, heads = jax.ShapeDtypeStruct, 16
+    rows = dict.fromkeys(("k", "v", "memory"), width) | {"eta": 1, "alpha": 1}
+    inner = shape((heads, hidden, width), jnp.float32)
+    initial = {
+        name: (shape((heads, count, hidden), jnp.float32), inner) for name, count in rows.items()
+    }
+    tokens, starts = shape((1, 1024, heads, width), dtype), shape((1, 1024), bool)
+    text = on_tpu(topology, jax.grad(loss, (0, 1)), tokens, initial, starts)
+    assert text.count('custom_call_target="tpu_custom_call"') == 4
 
 
 @needs_compiler

@@ -15,6 +15,11 @@ from hope_jax.ops.pallas import gpu
 PLAN = fastkv._plan("delta", 16, jnp.float32)
 
 
+@pytest.fixture(autouse=True)
+def narrow_ones_too(monkeypatch):
+    monkeypatch.setattr(gpu, "WIDE", 32)
+
+
 @pytest.mark.parametrize(
     ("heads", "values", "split"),
     [
@@ -25,6 +30,11 @@ PLAN = fastkv._plan("delta", 16, jnp.float32)
 )  # fmt: skip
 def test_few_heads_are_split_as_far_as_multiprocessors_go(heads, values, split):
     assert gpu.split_of(PLAN, *heads, values) == split
+
+
+def test_narrow_heads_are_not_split(monkeypatch):
+    monkeypatch.setattr(gpu, "WIDE", 128)
+    assert [gpu.split_of(PLAN, 1, 16, values) for values in (64, 128)] == [1, 8]
 
 
 @pytest.mark.parametrize(

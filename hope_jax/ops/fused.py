@@ -135,8 +135,12 @@ def refusal(machine: ModuleType, plan: Plan, dtype: jnp.dtype, *widths: int) -> 
     if any(width not in (16, 32, 64, 128) for width in widths):
         got = " and ".join(map(str, widths))
         return f"the kernels take heads of 16, 32, 64 or 128 features, got {got}"
+    if plan.hidden % 8:
+        return f"the kernels take MLPs with a multiple of 8 hidden units, got {plan.hidden}"
     if not machine.fits(plan, dtype, max(widths)):
-        memories = f"{len(plan.names)} {'memories' if len(plan.names) > 1 else 'memory'}"
+        count = len(plan.names) // (2 if plan.hidden else 1)
+        memories = f"{count} {'memories' if count > 1 else 'memory'}"
+        memories += f" with {plan.hidden} hidden units" if plan.hidden else ""
         memories += " with momentum" if plan.momentum else ""
         return (
             f"on-chip memory does not hold chunks of {plan.chunk} tokens with {max(widths)} "

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from hope_jax.ops.fused import Carried, refusal, remember
-from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, momentum_of
+from hope_jax.ops.pallas.chunk import GATE_ROWS, Plan, hidden_of, momentum_of
 
 GATES = ("eta", "alpha")
 
@@ -14,7 +14,7 @@ def run(machine, x, views, biases, initial, memory, starts, setting):
     Returns:
       What was read, and the position, state, momentum and held matrices left behind.
     """
-    plan = plan_of(x, views, setting)
+    plan = plan_of(x, views, setting, _hidden(initial))
     tokens = {"x": x} if plan.gates or len(plan.memories) > 1 else {}
     given = {"k": views.key, "v": views.value, "q": views.query}
     tokens |= {name: array.astype(x.dtype) for name, array in given.items() if array is not None}
@@ -43,17 +43,20 @@ def run(machine, x, views, biases, initial, memory, starts, setting):
 def refuses(machine, x, views, biases, initial, memory, starts, setting):
     """Says why the kernels do not take a call, or None if they do."""
     del biases, memory, starts
-    if any(len(matrices) == 2 for matrices in initial.values()):
-        return "the kernels take linear memories, got an MLP"
+    kinds = {tuple(m.shape[-2] for m in matrices[1:]) for matrices in initial.values()}
+    if len(kinds) > 1:
+        return "the kernels take memories of one kind and width, got linear ones and MLPs mixed"
     if setting.inner_gradient == "stop":
         return "the kernels differentiate the inner updates, got inner_gradient=stop"
-    return refusal(
-        machine, plan_of(x, views, setting), x.dtype, *initial["memory"][0].shape[:-3:-1]
-    )
+    plan = plan_of(x, views, setting, _hidden(initial))
+    if plan.hidden and plan.group > 1:
+        return "the kernels take MLPs with one chunk size, got two"
+    outer, inner = initial["memory"][0], initial["memory"][-1]
+    return refusal(machine, plan, x.dtype, inner.shape[-1], outer.shape[-2])
 
 
-def plan_of(x, views, setting):
-    """What the kernels are to compute."""
+def plan_of(x, views, setting, hidden=0):
+    """What the kernels are to compute; memories that are MLPs have hidden units."""
     adaptive = {"k": views.key, "v": views.value, "q": views.query}
     gates = {"eta": views.write, "alpha": views.retain}
     narrow = x.dtype == jnp.bfloat16
@@ -76,12 +79,25 @@ def plan_of(x, views, setting):
         operand=jnp.dtype(jnp.bfloat16 if narrow else jnp.float32),
         group=1 if alone else setting.chunk_projections // setting.chunk_memory,
         momentum=views.momentum is not None,
+        hidden=hidden,
+        repeats=setting.repeats,
     )
 
 
+def _hidden(initial):
+    """The hidden units of memories, 0 of linear ones."""
+    return initial["memory"][1].shape[-2] if len(initial["memory"]) == 2 else 0
+
+
 def _together(matrices):
-    """The memories of both gates as two rows of one matrix, the others as they are."""
+    """Matrices by their names in the kernels: gates have rows up to a tile.
+
+    Those of linear memories share one matrix.
+    """
     joined = {n: m[0].astype(jnp.float32) for n, m in matrices.items() if n not in GATES}
+    if _hidden(matrices):
+        joined |= {n: _rows([m[0]]) for n, m in matrices.items() if n in GATES}
+        return joined | {hidden_of(n): m[1].astype(jnp.float32) for n, m in matrices.items()}
     if len(joined) == len(matrices):
         return joined
     width = joined["memory"].shape[-1]
@@ -91,6 +107,9 @@ def _together(matrices):
 
 
 def _apart(states, like):
+    if _hidden(like):
+        outer = {n: states[n][..., :1, :] if n in GATES else states[n] for n in like}
+        return {name: (outer[name], states[hidden_of(name)]) for name in like}
     parts = {name: (states[name],) for name in like if name not in GATES}
     for row, name in enumerate(GATES):
         if name in like:

@@ -106,8 +106,8 @@ def titans(
         position, *parts = memory
         carried = SelfReferentialMemory(position, *({"memory": part} for part in parts))
     nothing = jnp.zeros(k.shape[2], accumulate)
-    call = q, views, (nothing, nothing), {"memory": initial}, carried, starts, setting
-    y, after = learn_and_read(*call, form)
+    given = views, (nothing, nothing), {"memory": initial}, carried, starts, setting
+    y, after = learn_and_read(q.astype(v.dtype), *given, form)
     parts = [matrices["memory"] for matrices in after[1:] if matrices is not None]
     return y.astype(v.dtype), TitansMemory(after.position, *parts)
 

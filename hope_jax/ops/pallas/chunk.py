@@ -12,7 +12,8 @@ from the last chunk to the first, each memory for itself: what all are told is u
 """
 
 from collections.abc import Callable, Mapping
-from functools import reduce
+from functools import partial, reduce
+from itertools import chain
 from operator import add
 from typing import Literal, NamedTuple
 
@@ -34,8 +35,13 @@ Values = dict[str, Array]
 
 
 def momentum_of(name: str) -> str:
-    """The name of a memory's momentum among the states."""
+    """The name of a matrix's momentum among the states."""
     return "momentum_" + name
+
+
+def hidden_of(name: str) -> str:
+    """The name of the matrix that leads to the hidden units of a memory that is an MLP."""
+    return "hidden_" + name
 
 
 class Plan(NamedTuple):
@@ -60,6 +66,11 @@ class Plan(NamedTuple):
       group: Chunks for which tokens project with one state; see `chunks_of`.
       momentum: Whether writes pass a damped momentum, a second state of every memory; tokens bring
         what it keeps, "beta". Does not go with erasing what is retained.
+      hidden: Hidden units of memories that are MLPs, which `deep` takes; 0 for linear ones. Gates
+        of MLPs are memories of their own, of `GATE_ROWS` outputs, of which the first counts.
+      repeats: How often a layer of an MLP may see one key; see `deep.weigh`.
+      undone: Whether `jax.vjp` undoes what is computed; products and inverses then have rules of
+        their own, which a forward kernel cannot be traced with.
     """
 
     memories: tuple[str, ...]
@@ -77,10 +88,16 @@ class Plan(NamedTuple):
     operand: jnp.dtype
     group: int = 1
     momentum: bool = False
+    hidden: int = 0
+    repeats: int = 1
+    undone: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """All matrices that learn."""
+        if self.hidden:
+            both = ((name, hidden_of(name)) for name in self.memories + self.gates)
+            return tuple(chain.from_iterable(both))
         return self.memories + (("gates",) if self.gates else ())
 
     @property
@@ -187,6 +204,19 @@ class Sweep(NamedTuple):
     remains: Array
 
 
+class Weights(NamedTuple):
+    """What is left of what; see `Lesson`."""
+
+    arrival: Array
+    departure: Array
+    before: Array
+    inherit: Array | None
+    after: Array
+    through: Array
+    restore: Array | None
+    decay: Array
+
+
 class Lesson(NamedTuple):
     """What the tokens of a chunk say, and how it weighs.
 
@@ -257,45 +287,59 @@ def attend(
     key, key_scale = _project(plan, "k", tokens, place, memories)
     query, query_scale = _project(plan, "q", tokens, place, memories)
     value = tokens["v"] if "v" in tokens else consult(plan, place, memories, "v", tokens["x"])
-    write, retain, forget, log_retain = _gates(plan, tokens, place, memories, bias)
+    logits = None
+    if plan.gates:
+        answers = consult(plan, place, memories, "gates", tokens["x"]) + bias
+        logits = [column_of(answers, row) for row in range(2)]
+    write, retain, forget, log_retain = open_gates(plan, tokens, place, logits)
+    weights = weigh(plan, place, memories, log_retain)
 
-    arrival, departure, last = _passed(plan, place, log_retain)
-    decay = _decay(plan, place, arrival, departure)
-    before, after, through = jnp.exp(arrival), jnp.exp(last - departure), jnp.exp(last)
+    erase = inverse = None
+    key = _round(plan, key)
+    if plan.erases != "nothing":
+        erase = write if plan.erases == "state" else write * retain
+        inverse = solve(plan, key, erase, weights.decay)
+    sweep = None
+    if plan.momentum:
+        sweep = sweep_of(plan, place, tokens["beta"], key, weights.decay, weights.after)
+        write, erase = (1 - tokens["beta"]) * write, write
+    return Lesson(
+        key, key_scale, _round(plan, value), _round(plan, query), query_scale,
+        write, erase, retain, forget, *weights, inverse, sweep,
+    )  # fmt: skip
+
+
+def weigh(plan: Plan, place: Place | None, memories: Memories, log_retain: Array) -> Weights:
+    """Weighs what is left, given the logarithms of what survives each token."""
+    arrival, departure, _ = _passed(plan, place, log_retain)
+    left = _left_undone if plan.undone else _left
+    before, after, through, decay = left(plan, False, place, log_retain)
+    if plan.undone:  # Their difference is all that is asked for, and then exact.
+        arrival, departure = jnp.zeros_like(log_retain), log_retain
     inherit = restore = None
     if place is not None:
         if not plan.anchor and memories.origin is not None:
             inherit = jnp.where(place.open, 0, before)
             restore = jnp.where(place.last > 0, through, 0)
         before = jnp.where(place.open, before, 0)
-        after = jnp.where(place.number == place.last, after, 0)
         through = jnp.where(place.last > 0, 0, through)
+    return Weights(arrival, departure, before, inherit, after, through, restore, decay)
 
-    erase = inverse = None
-    key = _round(plan, key)
-    if plan.erases != "nothing":
-        erase = write if plan.erases == "state" else write * retain
-        overlap = decay * _dot(plan, key, key, 1, 1)
-        inverse = _unit_lower_inverse(plan, _round(plan, erase * overlap))
-    sweep = None
-    if plan.momentum:
-        sweep = _sweep(plan, place, tokens["beta"], key, decay, after)
-        write, erase = (1 - tokens["beta"]) * write, write
-    return Lesson(
-        key, key_scale, _round(plan, value), _round(plan, query), query_scale,
-        write, erase, retain, forget, arrival, departure, before, inherit, after, through, restore,
-        decay, inverse, sweep,
-    )  # fmt: skip
+
+def solve(plan: Plan, key: Array, erase: Array, decay: Array) -> Array:
+    """`Lesson.inverse` of keys."""
+    overlap = decay * dot(plan, key, key, 1, 1)
+    return (_inverse_undone if plan.undone else _unit_lower_inverse)(plan, erase * overlap)
 
 
 def consult(plan, place, memories, name, rows):
     """Reads a memory as tokens hold it: since their document began, the origin."""
-    y = _dot(plan, rows, memories.held(name), 1, 1)
+    y = dot(plan, rows, memories.held(name), 1, 1)
     if place is None:
         return y
     fresh = 0
     if memories.origin is not None:
-        fresh = _dot(plan, rows, memories.origin(name), 1, 1)
+        fresh = dot(plan, rows, memories.origin(name), 1, 1)
     return jnp.where(place.holding(name), y, fresh)
 
 
@@ -308,21 +352,30 @@ def teach(plan, lesson, place, memories, name):
     if plan.targets == "self":
         target = consult(plan, place, memories, name, lesson.value)
     if plan.normalize:
-        square = target * target
-        if name == "gates":
-            scale = jax.lax.rsqrt(square + 1)
-        else:
-            scale = jax.lax.rsqrt(jnp.sum(square, 1, keepdims=True) + 1e-6)
+        scale = scale_of(target, name == "gates")
         target = target * scale
     written = lesson.write * _error(plan, place, memories, name, lesson.key, target)
+    return target, scale, written, absorb(plan, lesson, memories, name, written)
+
+
+def scale_of(target: Array, gate: bool) -> Array:
+    """What scales targets: rows to unit length, or each number of a gate's to less than 1."""
+    square = target * target
+    if gate:
+        return jax.lax.rsqrt(square + 1)
+    return jax.lax.rsqrt(jnp.sum(square, 1, keepdims=True) + 1e-6)
+
+
+def absorb(plan: Plan, lesson: Lesson, memories: Memories, name: str, written: Array) -> Array:
+    """What each token adds to a matrix in front of its key, given what it writes."""
     delta = written if lesson.sweep is None else lesson.sweep.mass * written
     if plan.erases != "nothing":
         found = _inherited(plan, lesson.before, lesson.inherit, memories, name, lesson.key)
         if lesson.sweep is not None:
             found += _swept(plan, lesson.sweep.swept, memories, name, lesson.key)
-            found += _dot(plan, lesson.sweep.found, written)
-        delta = _dot(plan, lesson.inverse, delta - lesson.erase * found)
-    return target, scale, written, delta
+            found += dot(plan, lesson.sweep.found, written)
+        delta = dot(plan, lesson.inverse, delta - lesson.erase * found)
+    return delta
 
 
 def advance(plan, lesson, memories, name, state, written, delta):
@@ -330,7 +383,7 @@ def advance(plan, lesson, memories, name, state, written, delta):
     state, added = lesson.through * state, lesson.after * delta
     if lesson.sweep is not None:
         added += lesson.sweep.ending * written
-    state += _dot(plan, added, lesson.key, 0, 0)
+    state += dot(plan, added, lesson.key, 0, 0)
     if lesson.restore is not None:
         state += lesson.restore * memories.origin(name)
     return state
@@ -338,7 +391,7 @@ def advance(plan, lesson, memories, name, state, written, delta):
 
 def advance_momentum(plan, lesson, momentum, written):
     """The momentum of one memory after the chunk."""
-    left = _dot(plan, lesson.sweep.left * written, lesson.key, 0, 0)
+    left = dot(plan, lesson.sweep.left * written, lesson.key, 0, 0)
     return lesson.sweep.remains * momentum + left
 
 
@@ -346,15 +399,19 @@ def read(plan, lesson, place, memories, written, delta):
     """Reads the memory that is read; for `written` and `delta` see `teach`."""
     if plan.read == "chunk":
         return consult(plan, place, memories, "memory", lesson.query)
+    return ask(plan, lesson, memories, "memory", lesson.query, written, delta)
+
+
+def ask(plan, lesson, memories, name, rows, written, delta):
+    """Multiplies each token's row by the matrix of a memory as the token finds it."""
     before, inherit, weights = _reach(plan, lesson)
-    overlap = _dot(plan, lesson.query, lesson.key, 1, 1)
-    shares = weights * overlap
-    y = _inherited(plan, before, inherit, memories, "memory", lesson.query)
-    y += _dot(plan, shares, delta)
+    overlap = dot(plan, rows, lesson.key, 1, 1)
+    y = _inherited(plan, before, inherit, memories, name, rows)
+    y += dot(plan, weights * overlap, delta)
     if lesson.sweep is not None:
         swept, spread = _reach_of_momentum(plan, lesson)
-        y += _swept(plan, swept, memories, "memory", lesson.query)
-        y += _dot(plan, spread * overlap, written)
+        y += _swept(plan, swept, memories, name, rows)
+        y += dot(plan, spread * overlap, written)
     return y
 
 
@@ -450,7 +507,7 @@ def recollect(
     if not plan.momentum:
         return lesson
     weights = [notes[name].astype(jnp.float32) for name in Sweep._fields[1:]]
-    found = _found(plan, lesson.key, notes["spread"])
+    found = found_of(plan, lesson.key, notes["spread"])
     return lesson._replace(sweep=Sweep(found, *weights))
 
 
@@ -488,14 +545,14 @@ def _settled(plan, lesson, ddelta):
     """The gradient of writes from that of what tokens added: all erasing undone."""
     if plan.erases == "nothing":
         return ddelta
-    return _dot(plan, lesson.inverse, ddelta, 0, 0)
+    return dot(plan, lesson.inverse, ddelta, 0, 0)
 
 
 def _unwritten(plan, lesson, dwritten, owed):
     """The gradient of writes but for `Sweep.mass` times what is owed along what tokens add."""
     if plan.erases == "nothing":
         return dwritten
-    return dwritten - _dot(plan, lesson.sweep.found, lesson.erase * owed, 0, 0)
+    return dwritten - dot(plan, lesson.sweep.found, lesson.erase * owed, 0, 0)
 
 
 def _unread(plan, lesson, place, memories, written, delta, dy, note):
@@ -506,21 +563,21 @@ def _unread(plan, lesson, place, memories, written, delta, dy, note):
         note("dquery", _unscale(dquery, query, lesson.query_scale))
 
     if plan.read == "chunk":
-        unask(_unconsult(plan, place, memories, name, dy))
+        unask(unconsult(plan, place, memories, name, dy))
         return
     before, inherit, weights = _reach(plan, lesson)
-    note("dstate", _dot(plan, before * dy, query, 0, 0))
-    dquery = before * _dot(plan, dy, memories.state(name))
+    note("dstate", dot(plan, before * dy, query, 0, 0))
+    dquery = before * dot(plan, dy, memories.state(name))
     if inherit is not None:
-        dquery += inherit * _dot(plan, dy, memories.origin(name))
+        dquery += inherit * dot(plan, dy, memories.origin(name))
         note("weight", inherit)
     decayed = jnp.sum(dquery * query, 1, keepdims=True)
     if plan.anchor:
-        dquery += _dot(plan, dy, memories.origin(name))
+        dquery += dot(plan, dy, memories.origin(name))
 
-    overlap = _dot(plan, query, lesson.key, 1, 1)
+    overlap = dot(plan, query, lesson.key, 1, 1)
     shares = weights * overlap
-    dshares = _dot(plan, dy, delta, 1, 1)
+    dshares = dot(plan, dy, delta, 1, 1)
     row, column = _grid(plan.chunk)
     spans = jnp.where(row > column, dshares * shares, 0)
     dlog = _undecay(plan, place, decayed, None, None, spans)
@@ -529,9 +586,9 @@ def _unread(plan, lesson, place, memories, written, delta, dy, note):
     doverlap, late = dshares * weights, None
     if lesson.sweep is not None:
         swept, spread = _reach_of_momentum(plan, lesson)
-        asked = _dot(plan, dy, memories.state(momentum_of(name)))
-        dspread = _dot(plan, dy, written, 1, 1)
-        note("dmomentum", _dot(plan, swept * dy, query, 0, 0))
+        asked = dot(plan, dy, memories.state(momentum_of(name)))
+        dspread = dot(plan, dy, written, 1, 1)
+        note("dmomentum", dot(plan, swept * dy, query, 0, 0))
         dquery, doverlap = dquery + swept * asked, doverlap + dspread * spread
         late = spread * overlap
         dswept = jnp.sum(asked * query, 1, keepdims=True)
@@ -540,12 +597,12 @@ def _unread(plan, lesson, place, memories, written, delta, dy, note):
         dlog += decayed
     note("dlog", dlog)
     doverlap = _round(plan, doverlap)
-    unask(dquery + _dot(plan, doverlap, lesson.key))
-    note("dkey", _dot(plan, doverlap, query, 0, 0))
-    owed = _settled(plan, lesson, _dot(plan, shares, dy, 0, 0))
+    unask(dquery + dot(plan, doverlap, lesson.key))
+    note("dkey", dot(plan, doverlap, query, 0, 0))
+    owed = _settled(plan, lesson, dot(plan, shares, dy, 0, 0))
     note("ddelta", owed)
     if late is not None:
-        note("dwritten", _unwritten(plan, lesson, _dot(plan, late, dy, 0, 0), owed))
+        note("dwritten", _unwritten(plan, lesson, dot(plan, late, dy, 0, 0), owed))
 
 
 def _unread_momentum(plan, lesson, place, dspread, dswept):
@@ -579,7 +636,7 @@ def push_back(plan: Plan, notes: Mapping[str, Array], key: Array, after: Array) 
     if plan.erases == "nothing":
         return state
     owed = _owed(plan, notes, "memory", after)
-    return state - _dot(plan, notes["before"] * _erase(plan, notes) * owed, key, 0, 0)
+    return state - dot(plan, notes["before"] * _erase(plan, notes) * owed, key, 0, 0)
 
 
 class Erased(NamedTuple):
@@ -698,7 +755,7 @@ def unlearn(
     dvalue, asked = _untarget(plan, notes, name, said, owing), []
     if plan.targets == "self":
         asked.append((dvalue, said["v"]))
-        dvalue = _unconsult(plan, place, memories, name, dvalue)
+        dvalue = unconsult(plan, place, memories, name, dvalue)
     if name == "q":
         asked.append((notes["dquery"], tokens["x"]))
     if name == "memory" and dy is not None:
@@ -708,7 +765,7 @@ def unlearn(
         along = _error(plan, place, memories, name, key, _target(plan, notes, name, said))
     dwrite = jnp.sum(owing * along, 1, keepdims=True)
 
-    pushed = notes["after"] * _dot(plan, delta, after)
+    pushed = notes["after"] * dot(plan, delta, after)
     dafter = jnp.sum(key * pushed, 1, keepdims=True)
     dthrough = notes["through"] * _total(after * memories.state(name).astype(jnp.float32))
     if "restore" in notes and memories.origin is not None:
@@ -718,7 +775,7 @@ def unlearn(
     if plan.objective == "l2":
         derror = -notes["write"] * owing
         asked.append((derror, key))
-        dkey += _unconsult(plan, place, memories, name, derror)
+        dkey += unconsult(plan, place, memories, name, derror)
     if name == "memory" and "dkey" in notes:
         dkey, dlog = dkey + notes["dkey"], notes["dlog"]
     erased = None
@@ -727,7 +784,7 @@ def unlearn(
         came = jnp.sum(key * decaying, 1, keepdims=True)
         found = jnp.sum(key * (decaying + resting), 1, keepdims=True)
         dkey -= _erase(plan, notes) * (decaying + resting)
-        erased = Erased(found, came, _dot(plan, owed, delta, 1, 1))
+        erased = Erased(found, came, dot(plan, owed, delta, 1, 1))
     share = Share(dkey, dvalue, dwrite, dlog, dafter, dthrough, erased, None)
     state, change = _settle(plan, notes, place, name, key, after, owed, asked)
     if late is None:
@@ -747,16 +804,16 @@ def unlearn(
 
 def _owed_late(plan, notes, name, key, after, after_momentum):
     """The gradient of each token's write by way of what came late; `_owed` is of what it adds."""
-    late = _dot(plan, notes["pull_write"], after, 1, 1)
-    late += _dot(plan, notes["left"] * key, after_momentum, 1, 1)
+    late = dot(plan, notes["pull_write"], after, 1, 1)
+    late += dot(plan, notes["left"] * key, after_momentum, 1, 1)
     return late + notes["dwritten"] if name == "memory" and "dwritten" in notes else late
 
 
 def _unlearn_momentum(plan, notes, memories, name, key, written, owed, after, after_momentum):
     """What a memory owes for its momentum, to keys, for what they found, and of the first one."""
     momentum = memories.state(momentum_of(name))
-    raised = _dot(plan, written, after)
-    kept = notes["left"] * _dot(plan, written, after_momentum)
+    raised = dot(plan, written, after)
+    kept = notes["left"] * dot(plan, written, after_momentum)
     dkey, found, dswept, pairs = notes["ending"] * raised + kept, None, None, None
     first = notes["remains"] * after_momentum + notes["gained"] * after
     nothing = dlog = jnp.zeros_like(notes["write"])
@@ -764,12 +821,12 @@ def _unlearn_momentum(plan, notes, memories, name, key, written, owed, after, af
         first, dlog = first + notes["dmomentum"], notes["dlog_momentum"]
     if plan.erases != "nothing":
         erase = _erase(plan, notes)
-        asked = _dot(plan, owed, momentum)
+        asked = dot(plan, owed, momentum)
         dswept = -erase * jnp.sum(key * asked, 1, keepdims=True)
         asked *= notes["swept"]
         dkey -= erase * asked
-        found, pairs = jnp.sum(key * asked, 1, keepdims=True), _dot(plan, owed, written, 1, 1)
-        first -= _dot(plan, notes["swept"] * erase * owed, key, 0, 0)
+        found, pairs = jnp.sum(key * asked, 1, keepdims=True), dot(plan, owed, written, 1, 1)
+        first -= dot(plan, notes["swept"] * erase * owed, key, 0, 0)
     momentum = momentum.astype(jnp.float32)
     swept = Swept(
         write=nothing,
@@ -812,9 +869,9 @@ def charge(
         whole = pairs
         if share.swept is not None and share.swept.pairs is not None:
             whole = pairs + notes["spread"] * share.swept.pairs
-        dkey -= erase * _dot(plan, whole, key)
-        dkey -= _dot(plan, erase * whole, key, 0, 0)
-        overlap = _dot(plan, key, key, 1, 1)
+        dkey -= erase * dot(plan, whole, key)
+        dkey -= dot(plan, erase * whole, key, 0, 0)
+        overlap = dot(plan, key, key, 1, 1)
         spans = pairs * overlap
         derase = -found - jnp.sum(spans if whole is pairs else whole * overlap, 1, keepdims=True)
         dbefore, spans = -erase * came, -erase * spans
@@ -856,7 +913,7 @@ def _charge_momentum(plan, tokens, notes, place, key, swept):
     ended += swept.gained * carried
     dspread, dswept = jnp.zeros_like(decay), jnp.zeros_like(after)
     if plan.erases != "nothing":
-        dspread = -_erase(plan, notes) * swept.pairs * _dot(plan, key, key, 1, 1)
+        dspread = -_erase(plan, notes) * swept.pairs * dot(plan, key, key, 1, 1)
         dswept = swept.swept
     decayed, carried, lasting = _unsweep(
         plan, decay, lasting, carried, notes["mass"], dspread, dswept,
@@ -871,11 +928,11 @@ def blame(plan: Plan, place: Place | None, name: str, slope: Array, x: Array) ->
     """Hands the gradient of what a memory answered to tokens x to what they held of it."""
     held = fresh = None
     if place is None:
-        held = _dot(plan, slope, x, 0, 0)
+        held = dot(plan, slope, x, 0, 0)
     else:
         holding = place.holding(name)
-        held = _dot(plan, jnp.where(holding, slope, 0), x, 0, 0)
-        fresh = _dot(plan, jnp.where(holding, 0, slope), x, 0, 0)
+        held = dot(plan, jnp.where(holding, slope, 0), x, 0, 0)
+        fresh = dot(plan, jnp.where(holding, 0, slope), x, 0, 0)
     return Change(held, _plus(held, fresh) if plan.anchor else fresh)
 
 
@@ -905,7 +962,7 @@ def answer(
         asked = {name: slope for name, slope in slopes.items() if name in plan.names}
         if "q" in plan.memories:
             asked["q"] = notes["dquery"]
-        gains = [_unconsult(plan, place, memories, *of_one) for of_one in asked.items()]
+        gains = [unconsult(plan, place, memories, *of_one) for of_one in asked.items()]
         dtokens["x"] = reduce(add, gains)
     return dtokens
 
@@ -916,7 +973,7 @@ def _said(tokens, notes):
 
 def _owed(plan, notes, name, after):
     """The gradient of each token's write, from that of the last state and of what was read."""
-    owed = _dot(plan, notes["pull"], after, 1, 1)
+    owed = dot(plan, notes["pull"], after, 1, 1)
     return owed + notes["ddelta"] if name == "memory" and "ddelta" in notes else owed
 
 
@@ -951,11 +1008,11 @@ def _untarget(plan, notes, name, said, owed):
 
 def _unfound(plan, notes, memories, name, owed):
     """What is owed along the states that tokens found: those that decay, and the others."""
-    decaying, resting = _dot(plan, notes["before"] * owed, memories.state(name)), 0
+    decaying, resting = dot(plan, notes["before"] * owed, memories.state(name)), 0
     if plan.anchor:
-        resting = _dot(plan, owed, memories.origin(name))
+        resting = dot(plan, owed, memories.origin(name))
     elif "inherit" in notes:
-        decaying += _dot(plan, notes["inherit"] * owed, memories.origin(name))
+        decaying += dot(plan, notes["inherit"] * owed, memories.origin(name))
     return decaying, resting
 
 
@@ -965,8 +1022,8 @@ def _unsweep(plan, decay, lasting, carried, mass, dspread, dswept, dlasting, dca
     Returns:
       The gradients of the logarithms of `decay`, `carried` and `lasting`.
     """
-    ddecay = _dot(plan, dspread, lasting, 1, 1) - dspread * mass.T + dswept * carried.T
-    dlasting += _dot(plan, decay, dspread, 0, 0)
+    ddecay = dot(plan, dspread, lasting, 1, 1) - dspread * mass.T + dswept * carried.T
+    dlasting += dot(plan, decay, dspread, 0, 0)
     dcarried += _upright(plan, jnp.sum(decay * dswept, 0, keepdims=True))
     return decay * ddecay, dcarried * carried, dlasting * lasting
 
@@ -988,7 +1045,7 @@ def _undecay(plan, place, dbefore, dafter, dthrough, spans, own=False):
     if dafter is not None:
         within += jnp.where(earlier, dafter.T, 0)
     if spans is not None:
-        spans = _dot(plan, jnp.where(row <= column if own else row < column, 1.0, 0.0), spans)
+        spans = dot(plan, jnp.where(row <= column if own else row < column, 1.0, 0.0), spans)
         within += jnp.where(row > column, spans, 0)
     dlog = jnp.sum(within, 1, keepdims=True)
     if place is not None and dthrough is not None:
@@ -1026,11 +1083,11 @@ def _settle(plan, notes, place, name, key, after, owed, asked):
         held, origin = _plus(held, change.held), _plus(origin, change.origin)
     if plan.erases != "nothing":
         owed = -_erase(plan, notes) * owed
-        state += _dot(plan, notes["before"] * owed, key, 0, 0)
+        state += dot(plan, notes["before"] * owed, key, 0, 0)
         if plan.anchor:
-            origin = _plus(origin, _dot(plan, owed, key, 0, 0))
+            origin = _plus(origin, dot(plan, owed, key, 0, 0))
         elif "inherit" in notes:
-            origin = _plus(origin, _dot(plan, notes["inherit"] * owed, key, 0, 0))
+            origin = _plus(origin, dot(plan, notes["inherit"] * owed, key, 0, 0))
     if "restore" in notes:
         origin = _plus(origin, notes["restore"] * after)
     return state, Change(held, origin)
@@ -1044,33 +1101,58 @@ def _plus(a, b):
     return b if a is None else a if b is None else a + b
 
 
-def _unconsult(plan, place, memories, name, dy):
-    """The gradient of the rows with which a memory was consulted."""
+def unconsult(plan, place, memories, name, dy):
+    """The gradient of the rows with which a matrix was consulted."""
     if place is None:
-        return _dot(plan, dy, memories.held(name))
-    drows = _dot(plan, dy, memories.held(name))
-    fresh = 0 if memories.origin is None else _dot(plan, dy, memories.origin(name))
+        return dot(plan, dy, memories.held(name))
+    drows = dot(plan, dy, memories.held(name))
+    fresh = 0 if memories.origin is None else dot(plan, dy, memories.origin(name))
     return jnp.where(place.holding(name), drows, fresh)
 
 
-def _dot(plan, a, b, left=1, right=0):
+def dot(plan, a, b, left=1, right=0):
     """Multiplies operands, contracting axis `left` of a with axis `right` of b."""
+    return (_dot_undone if plan.undone else _dot)(plan, left, right, a, b)
+
+
+def _dot(plan, left, right, a, b):
     return jax.lax.dot_general(
-        _round(plan, a), _round(plan, b), (((left,), (right,)), ((), ())),
+        a.astype(plan.operand), b.astype(plan.operand), (((left,), (right,)), ((), ())),
         preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
-def _dot_in_full(plan, a, b):
+def _dot_in_full(plan, left, right, a, b):
     """Multiplies operands of which rounding takes nothing that float32 would have kept."""
     if plan.operand == jnp.float32:
-        return _dot(plan, a, b)
-    a_rest, b_rest = a - _round(plan, a), b - _round(plan, b)
-    return _dot(plan, a, b) + _dot(plan, a, b_rest) + _dot(plan, a_rest, b)
+        return _dot(plan, left, right, a, b)
+    a_rest, b_rest = (x - x.astype(plan.operand) for x in (a, b))
+    pairs = (a, b), (a, b_rest), (a_rest, b)
+    return reduce(add, (_dot(plan, left, right, *pair) for pair in pairs))
+
+
+def _undone(product):
+    """A product of float32 for `jax.vjp`: its gradients are such products and float32, too."""
+    rule = jax.custom_vjp(product, nondiff_argnums=(0, 1, 2))
+
+    def forward(plan, left, right, a, b):
+        return product(plan, left, right, a, b), (a, b)
+
+    def backward(plan, left, right, operands, slope):
+        a, b = operands
+        of_a = (left, 1 - right, slope, b) if left else (1 - right, 1, b, slope)
+        of_b = (0, 1 - left, slope, a) if right else (1 - left, 0, a, slope)
+        return product(plan, *of_a), product(plan, *of_b)
+
+    rule.defvjp(forward, backward)
+    return rule
+
+
+_dot_undone, _dot_in_full_undone = map(_undone, (_dot, _dot_in_full))
 
 
 def _round(plan, x):
-    return x.astype(plan.operand)
+    return x if plan.undone else x.astype(plan.operand)
 
 
 def _grid(size):
@@ -1087,15 +1169,18 @@ def _project(plan, name, tokens, place, memories):
     return raw * scale, scale
 
 
-def _gates(plan, tokens, place, memories, bias):
-    """The write gate, the retention gate, one minus that (None if given), its logarithm."""
-    logits = consult(plan, place, memories, "gates", tokens["x"]) + bias if plan.gates else None
-    if "eta" in plan.gates:
-        write = plan.write_max * jax.nn.sigmoid(_column(logits, 0))
-    else:
-        write = tokens["eta"]
+def open_gates(plan, tokens, place, logits):
+    """The write gate, the retention gate, one minus that (None if given), its logarithm.
+
+    Args:
+      plan: What to compute.
+      tokens: What they bring where it is no memory that makes a gate.
+      place: Where documents lie.
+      logits: Of the write and the retention gate, where memories make them.
+    """
+    write = plan.write_max * jax.nn.sigmoid(logits[0]) if "eta" in plan.gates else tokens["eta"]
     if "alpha" in plan.gates:
-        logit = _column(logits, 1)
+        logit = logits[1]
         retain, forget = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
         log_retain = jnp.minimum(logit, 0) - jnp.log1p(jnp.exp(-jnp.abs(logit)))
     else:
@@ -1106,7 +1191,8 @@ def _gates(plan, tokens, place, memories, bias):
     return write, retain, forget, log_retain
 
 
-def _column(matrix, index):
+def column_of(matrix, index):
+    """One column of a matrix."""
     column = jax.lax.broadcasted_iota(jnp.int32, matrix.shape, 1)
     return jnp.sum(jnp.where(column == index, matrix, 0), 1, keepdims=True)
 
@@ -1129,29 +1215,26 @@ def _passed(plan, place, log):
     return arrival, departure, jnp.sum(ending, 0, keepdims=True)
 
 
-def _found(plan, key, spread):
-    return _round(plan, spread * _dot(plan, key, key, 1, 1))
+def found_of(plan, key, spread):
+    """`Sweep.found` of keys."""
+    return _round(plan, spread * dot(plan, key, key, 1, 1))
 
 
-def _sweep(plan, place, beta, key, decay, after):
-    """Weighs what momentum keeps and what states gain of it."""
+def sweep_of(plan, place, beta, key, decay, after):
+    """Weighs what momentum keeps and what states gain of it; `found` only for given keys."""
     log = jnp.log(jnp.maximum(beta, SMALLEST))
     if place is not None:
         log = jnp.where(place.live, log, 0)
-    _, departure, last = _passed(plan, place, log)
-    carried, left, remains = jnp.exp(departure), jnp.exp(last - departure), jnp.exp(last)
-    row, column = _grid(plan.chunk)
-    seen = row >= column
+    parts = (_left_undone if plan.undone else _left)(plan, True, place, log)
+    carried, left, remains, lasting = parts
     if place is not None:
-        seen = seen & (place.number == place.number.T)
         carried = jnp.where(place.open, carried, 0)
-        left = jnp.where(place.number == place.last, left, 0)
         remains = jnp.where(place.last > 0, 0, remains)
-    lasting = jnp.where(seen, jnp.exp(jnp.where(seen, departure - departure.T, 0)), 0)
     mass = _upright(plan, jnp.sum(lasting, 0, keepdims=True))
-    spread = _dot_in_full(plan, decay, lasting) - decay * mass.T
+    in_full = _dot_in_full_undone if plan.undone else _dot_in_full
+    spread = in_full(plan, 1, 0, decay, lasting) - decay * mass.T
     return Sweep(
-        found=_found(plan, key, spread),
+        found=None if key is None else found_of(plan, key, spread),
         lasting=lasting,
         carried=carried,
         mass=mass,
@@ -1164,10 +1247,50 @@ def _sweep(plan, place, beta, key, decay, after):
     )
 
 
-def _decay(plan, place, arrival, departure):
+def _left(plan, own, place, log):
+    """What tokens leave of what, given logarithms of the part.
+
+    Args:
+      plan: What to compute.
+      own: Whether a token counts for what it finds itself.
+      place: Where documents lie.
+      log: The logarithms.
+
+    Returns:
+      What tokens find of the first state of their document or chunk; what is left of a token at the
+      end, zero in documents before the last, and of the first state of the last document; what is
+      left of token s (column) at token t (row) of the same document.
+    """
+    arrival, departure, last = _passed(plan, place, log)
+    found, after = departure if own else arrival, jnp.exp(last - departure)
+    if place is not None:
+        after = jnp.where(place.number == place.last, after, 0)
+    return jnp.exp(found), after, jnp.exp(last), _decay(plan, place, found, departure, own)
+
+
+_left_undone = jax.custom_vjp(_left, nondiff_argnums=(0, 1))
+"""`_left` for `jax.vjp`, with gradients of logarithms as `_undecay` sums them."""
+
+
+def _left_forward(plan, own, place, log):
+    left = _left(plan, own, place, log)
+    return left, (place, left)
+
+
+def _left_backward(plan, own, residuals, slopes):
+    place, left = residuals
+    found, after, through, pairs = (part * slope for part, slope in zip(left, slopes, strict=True))
+    plan = plan._replace(undone=False)
+    return None, _undecay(plan, place, found, after, through, pairs, own)
+
+
+_left_undone.defvjp(_left_forward, _left_backward)
+
+
+def _decay(plan, place, arrival, departure, own=False):
     """What is left of the write of token s (column) when token t (row) arrives."""
     row, column = _grid(plan.chunk)
-    seen = row > column
+    seen = row >= column if own else row > column
     if place is not None:
         seen = seen & (place.number == place.number.T)
     return jnp.where(seen, jnp.exp(jnp.where(seen, arrival - departure.T, 0)), 0)
@@ -1182,14 +1305,35 @@ def _unit_lower_inverse(plan, lower):
     only, so that the inverse can be kept as an operand without adding up rounding.
     """
     row, column = _grid(plan.chunk)
-    differ = jnp.bitwise_xor(row, column)
-    inverse = _round(plan, jnp.where(differ == 0, 1.0, 0.0)) - jnp.where(differ == 1, lower, 0)
-    size = 2
+    differ, lower = jnp.bitwise_xor(row, column), lower.astype(plan.operand)
+    one = jnp.where(differ == 0, 1.0, 0.0).astype(plan.operand)
+    inverse, size = one - jnp.where(differ == 1, lower, 0), 2
     while size < plan.chunk:
         corners = jnp.where((differ >= size) & (differ < 2 * size), lower, 0)
-        inverse -= _round(plan, _dot(plan, _dot(plan, inverse, corners), inverse))
+        merged = _dot(plan, 1, 0, _dot(plan, 1, 0, inverse, corners), inverse)
+        inverse -= merged.astype(plan.operand)
         size *= 2
     return inverse
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _inverse_undone(plan, lower):
+    """`_unit_lower_inverse` in float32 for `jax.vjp`, which needs no second inverse."""
+    return _unit_lower_inverse(plan, lower).astype(jnp.float32)
+
+
+def _inverse_forward(plan, lower):
+    inverse = _inverse_undone(plan, lower)
+    return inverse, inverse
+
+
+def _inverse_backward(plan, inverse, slope):
+    row, column = _grid(plan.chunk)
+    owed = _dot(plan, 1, 1, _dot(plan, 0, 0, inverse, slope), inverse)
+    return (jnp.where(row > column, -owed, 0),)
+
+
+_inverse_undone.defvjp(_inverse_forward, _inverse_backward)
 
 
 def _error(plan, place, memories, name, key, target):
@@ -1201,17 +1345,17 @@ def _error(plan, place, memories, name, key, target):
 
 def _inherited(plan, before, inherit, memories, name, rows):
     """What tokens find of the chunk's first state and of the origin."""
-    y = before * _dot(plan, rows, memories.state(name), 1, 1)
+    y = before * dot(plan, rows, memories.state(name), 1, 1)
     if plan.anchor:
-        return y + _dot(plan, rows, memories.origin(name), 1, 1)
+        return y + dot(plan, rows, memories.origin(name), 1, 1)
     if inherit is not None:
-        y += inherit * _dot(plan, rows, memories.origin(name), 1, 1)
+        y += inherit * dot(plan, rows, memories.origin(name), 1, 1)
     return y
 
 
 def _swept(plan, swept, memories, name, rows):
     """What tokens find of the chunk's first momentum."""
-    return swept * _dot(plan, rows, memories.state(momentum_of(name)), 1, 1)
+    return swept * dot(plan, rows, memories.state(momentum_of(name)), 1, 1)
 
 
 def _reach_of_momentum(plan, lesson):

@@ -33,12 +33,27 @@ class Launch(NamedTuple):
     interpret: bool = False
 
 
-def fits(_plan: Plan, _dtype: jnp.dtype, _widest: int) -> bool:
-    """Says that on-chip memory holds what a program needs; see `gpu.fits`.
+VMEM = 16 * 2**20
+"""Bytes of on-chip memory that a program may take."""
 
-    Chunks of 128 tokens with 128 features of five memories in float32 take some 10 MB.
+
+def fits(plan: Plan, dtype: jnp.dtype, widest: int) -> bool:
+    """Says whether on-chip memory holds what a program needs; see `gpu.fits`.
+
+    Chunks of 128 tokens with 128 features of five linear memories in float32 take some 10 MB. MLPs
+    take up to 17 times their matrices, 24 times for float32 tokens, as compiled for v5e and v5p
+    with chunks of 64; here twice that for chunks of 128.
     """
-    return True
+    if not plan.hidden:
+        return True
+
+    def numbers(outputs):
+        """Those of an MLP; a matrix takes a multiple of 128 columns."""
+        return outputs * -(-plan.hidden // 128) * 128 + plan.hidden * -(-widest // 128) * 128
+
+    matrices = len(plan.memories) * numbers(widest) + len(plan.gates) * numbers(GATE_ROWS)
+    copies = (17 if dtype == jnp.bfloat16 else 24) * max(1, plan.chunk / 64)
+    return 4 * copies * matrices * (2 if plan.momentum else 1) <= VMEM
 
 
 def forward(
@@ -87,6 +102,9 @@ def backward(
 ) -> tuple[Values, Values, Values | None, Values | None, Array | None]:
     """Hands gradients back through a sequence in two launches; see `gpu.backward`."""
     laid, dy_laid = _lay(plan, sequence), _lay_tokens(plan, dy)
+    if plan.hidden:
+        dtokens, *rest = _undo_deep(plan, laid, starts, dy_laid, dstates, dheld, launch)
+        return _like_given(sequence, dtokens), *rest
     notes = _prepare(plan, laid, starts, dy_laid, launch)
     given = {}
     if "q" not in plan.memories:
@@ -95,10 +113,7 @@ def backward(
     dtokens, dstates, dheld, dorigins, dbias = _unlearn(
         plan, laid, notes, starts, dy_laid, dstates, dheld, launch
     )
-    dtokens = {
-        name: _take_up(array).reshape(sequence.tokens[name].shape)
-        for name, array in dtokens.items()
-    }
+    dtokens = _like_given(sequence, dtokens)
     dorigins = walk.read_by_origin(plan, sequence, notes, weight, dy, dorigins)
     return dtokens | given, dstates, dheld, dorigins, dbias
 
@@ -151,6 +166,33 @@ def _unlearn(plan, sequence, notes, starts, dy, dstates, dheld, launch):
         name="memory_unlearn",
         **_how(launch),
     )(*operands)
+
+
+def _undo_deep(plan, sequence, starts, dy, dstates, dheld, launch):
+    """Runs `walk.undo_deep` from the last chunk to the first."""
+    batch, heads, count = dy.shape[:3]
+    states = jax.tree.map(_like, dstates)
+    learning = _learning(plan, states)
+    out = (
+        jax.tree.map(_like, sequence.tokens),
+        states,
+        learning if plan.holds else None,
+        learning,
+        jax.ShapeDtypeStruct((batch, heads, 1, GATE_ROWS), jnp.float32) if plan.gates else None,
+    )
+    by_chunk = partial(jax.tree.map, partial(_by_chunk, count=count))
+    by_head = partial(jax.tree.map, _by_head)
+    return pl.pallas_call(
+        partial(_undo_deep_kernel, plan),
+        out_shape=out,
+        grid=(batch, heads, count),
+        in_specs=[
+            _sequence_specs(sequence, count), *by_chunk((starts, dy)), *by_head((dstates, dheld)),
+        ],
+        out_specs=(by_chunk(out[0]), *by_head(out[1:])),
+        name="memory_undo",
+        **_how(launch),
+    )(sequence, starts, dy, dstates, dheld)  # fmt: skip
 
 
 def _how(launch):
@@ -229,6 +271,17 @@ def _unlearn_kernel(
         dbias[...] += jnp.sum(slopes["gates"], 0, keepdims=True)
 
 
+def _undo_deep_kernel(
+    plan, sequence, starts, dy, dends, dends_held, dtokens, dstates, dheld, dorigins, dbias
+):
+    """The kernel that hands gradients back through memories that are MLPs."""
+    done, gradients = pl.program_id(2), Gradients(dstates, dheld, dorigins)
+    begin = partial(walk.begin_undo_deep, plan, VIEW, gradients, dends, dends_held, dbias)
+    pl.when(done == 0)(begin)
+    n = pl.num_programs(2) - 1 - done
+    walk.undo_deep(plan, VIEW, sequence, n, starts, dy, gradients, dtokens, dbias)
+
+
 def _learning(plan, states):
     """The states without their momenta."""
     return {name: states[name] for name in plan.names}
@@ -255,6 +308,11 @@ def _lay_tokens(plan, array):
     """`[B, T, H, K]` as `[B, H, N, C, K]`; `[B, T, H]` gets an axis of one feature."""
     array = jnp.swapaxes(array if array.ndim == 4 else array[..., None], 1, 2)
     return array.reshape(*array.shape[:2], -1, plan.chunk, array.shape[3])
+
+
+def _like_given(sequence, laid):
+    """Takes up what lies as `_lay` says, in the shapes of the tokens it belongs to."""
+    return {name: _take_up(a).reshape(sequence.tokens[name].shape) for name, a in laid.items()}
 
 
 def _take_up(array):

@@ -5,6 +5,7 @@ and how a program sees its part (`View`).
 """
 
 from collections.abc import Callable, Mapping
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from hope_jax.ops.pallas import chunk as chunks
+from hope_jax.ops.pallas import deep
 from hope_jax.ops.pallas.chunk import (
     GATE_ROWS,
     Change,
@@ -165,11 +167,13 @@ def look(plan, view, sequence, n, state, held, notes=None) -> Page:
       notes: Where notes lie.
     """
     tokens = {name: as_column(ref[view.rows(n)]) for name, ref in sequence.tokens.items()}
-    place = None
-    if plan.segmented:
-        number = as_column(sequence.segments[view.rows(n)])
-        early = None if sequence.early is None else view.number(sequence.early, n)
-        place = Place(number, view.number(sequence.last, n), early)
+
+    memories = _memories(plan, sequence, lambda name: state(name).astype(plan.operand), held)
+    return Page(tokens, Noted(notes or {}, view.item(n)), _place(plan, view, sequence, n), memories)
+
+
+def _memories(plan, sequence, state, held):
+    """Reads matrices where they lie."""
 
     def whole(name):
         matrix = held(name)
@@ -180,12 +184,16 @@ def look(plan, view, sequence, n, state, held, notes=None) -> Page:
     def origin(name):
         return sequence.origins[name][...]
 
-    memories = Memories(
-        lambda name: state(name).astype(plan.operand),
-        whole,
-        None if sequence.origins is None else origin,
-    )
-    return Page(tokens, Noted(notes or {}, view.item(n)), place, memories)
+    return Memories(state, whole, None if sequence.origins is None else origin)
+
+
+def _place(plan, view, sequence, n):
+    """Where the documents of chunk n lie."""
+    if not plan.segmented:
+        return None
+    number = as_column(sequence.segments[view.rows(n)])
+    early = None if sequence.early is None else view.number(sequence.early, n)
+    return Place(number, view.number(sequence.last, n), early)
 
 
 def opened(plan, name, n):
@@ -255,10 +263,13 @@ def forward(plan, view, sequence, n, y, ends, ends_held, starts):
     for name in plan.names if plan.holds else ():
         _hold(plan, view, sequence, n, name, ends, ends_held)
     held = ends_held if plan.holds else ends
+    for name in plan.names + plan.momenta if starts is not None else ():
+        starts[name][view.item(n)] = ends[name][...].astype(starts[name].dtype)
+    if plan.hidden:
+        _forward_deep(plan, view, sequence, n, y, ends, held)
+        return
     page = look(plan, view, sequence, n, *(lambda name, m=m: m[name][...] for m in (ends, held)))
     place, memories = page.place, page.memories
-    for name in plan.names + plan.momenta if starts is not None else ():
-        starts[name][view.item(n)] = memories.state(name)
     lesson = chunks.attend(plan, page.tokens, place, memories, _bias(sequence))
     for name in plan.names:
         _, _, written, delta = chunks.teach(plan, lesson, place, memories, name)
@@ -272,6 +283,114 @@ def forward(plan, view, sequence, n, y, ends, ends_held, starts):
             momentum = chunks.advance_momentum(plan, lesson, momentum, written)
             _put(view, ends[momentum_of(name)], momentum)
         _put(view, ends[name], after)
+
+
+def _forward_deep(plan, view, sequence, n, y, ends, held):
+    """Reads chunk n with memories that are MLPs."""
+    place, tokens = _place(plan, view, sequence, n), _in_full(view, sequence, n)
+    memories = _memories(plan, sequence, *(lambda name, m=m: m[name][...] for m in (ends, held)))
+    told = deep.tell(plan, tokens, place, memories, _bias(sequence))
+    for name in plan.memories + plan.gates:
+        part = deep.study(
+            plan, told, place, memories, name,
+            lambda layer, matrix: _put(view, ends[layer], matrix),
+        )  # fmt: skip
+        if part is not None:
+            y[view.rows(n)] = part.astype(y.dtype)
+
+
+def undo_deep(plan, view, sequence, n, starts, dy, gradients, dtokens, dbias):
+    """Hands gradients back through chunk n of memories that are MLPs.
+
+    Args:
+      plan: What was computed.
+      view: How memory is seen.
+      sequence: What was read.
+      n: The number of the chunk.
+      starts: Where the states at the chunks' starts lie.
+      dy: The gradient of what was read.
+      gradients: Of the memories, after the chunk and then before it.
+      dtokens: Where the gradients of tokens go.
+      dbias: Where that of the gates' bias is summed; None without.
+    """
+
+    def start(name):
+        return starts[name][view.item(n)]
+
+    def held(name):
+        if not plan.holds:
+            return start(name)
+        given = n <= sequence.live[0]
+        return jnp.where(given, sequence.held[name][...], start(name).astype(jnp.float32))
+
+    place, plan = _place(plan, view, sequence, n), plan._replace(undone=True)
+    grad = dy[view.rows(n)].astype(jnp.float32)
+    grad = grad if place is None else jnp.where(place.live, grad, 0)
+
+    def tell(tokens, matrices, bias):
+        return deep.tell(plan, tokens, place, matrices.memories(plan), bias)
+
+    projections = [name for name in plan.memories if name != "memory"] + [*plan.gates]
+    given = Matrices.of(plan, sequence, projections, start, held), _bias(sequence)
+    told, untell = jax.vjp(tell, _in_full(view, sequence, n), *given)
+    owed_by_all = None
+    for name in plan.memories + plan.gates:
+
+        def study(told, own, name=name):
+            after = {}
+            part = deep.study(plan, told, place, own.memories(plan), name, after.__setitem__)
+            return after, part
+
+        own = Matrices.of(plan, sequence, [name], start, held)
+        (_, part), unstudy = jax.vjp(study, told, own)
+        afters, helds = {}, {}
+        for layer in deep.layers(name):
+            after = gradients.states[layer][...]
+            afters[layer], helds[layer] = owed(plan, sequence, gradients, layer, n, after, None)
+            if plan.momentum:
+                momentum = momentum_of(layer)
+                afters[momentum] = gradients.states[momentum][...]
+        dtold, change = unstudy((afters, None if part is None else grad))
+        owed_by_all = dtold if owed_by_all is None else jax.tree.map(add, owed_by_all, dtold)
+        for layer in deep.layers(name):
+            _settle_deep(plan, view, gradients, layer, change.state[layer], helds[layer], change)
+            if plan.momentum:
+                momentum = momentum_of(layer)
+                _put(view, gradients.states[momentum], change.state[momentum])
+    gains, change, bias = untell(owed_by_all)
+    for layer in change.held:
+        state = gradients.states[layer][...]
+        held_by_later = gradients.held[layer][...] if plan.holds else None
+        _settle_deep(plan, view, gradients, layer, state, held_by_later, change)
+    for name, ref in dtokens.items():
+        rows = ref.at[view.rows(n)]
+        rows[...] = gains[name].reshape(rows.shape).astype(rows.dtype)
+    if dbias is not None:
+        _put(view, dbias, dbias[...] + bias)
+
+
+def begin_undo_deep(plan, view, gradients, dends, dends_held, dbias):
+    """Lays the gradients of what is left behind where `undo_deep` finds them."""
+    for name in plan.names + plan.momenta:
+        gradients.states[name][...] = dends[name][...]
+    for name in plan.names if plan.holds else ():
+        gradients.held[name][...] = dends_held[name][...]
+    for ref in jax.tree.leaves((gradients.origins, dbias)):
+        ref[...] = jnp.zeros(ref.shape, jnp.float32)
+    view.fence()
+
+
+def _settle_deep(plan, view, gradients, layer, state, held, change):
+    origin = None if change.origin is None else change.origin[layer]
+    settle(plan, view, gradients, layer, state, held, [Change(change.held[layer], origin)])
+
+
+def _in_full(view, sequence, n):
+    """What tokens of chunk n bring, in float32."""
+    return {
+        name: as_column(ref[view.rows(n)]).astype(jnp.float32)
+        for name, ref in sequence.tokens.items()
+    }
 
 
 def prepare(plan, sequence, page: Page, note) -> Lesson:
@@ -299,6 +418,42 @@ def taker(plan, view, notes, n):
             ref[...] = value.reshape(ref.shape).astype(ref.dtype)
 
     return note
+
+
+class Matrices(NamedTuple):
+    """The matrices of some memories at a chunk's start by name, for `jax.vjp`, in float32.
+
+    Attributes:
+      state: States, and momenta by their names.
+      held: What tokens project with.
+      origin: Where states return to; None if nothing needs it.
+    """
+
+    state: Values
+    held: Values
+    origin: Values | None
+
+    @classmethod
+    def of(cls, plan, sequence, memories, state, held) -> "Matrices":
+        """Those of memories, given functions that read them."""
+        names = [layer for name in memories for layer in deep.layers(name)]
+        momenta = [momentum_of(name) for name in names] if plan.momentum else []
+
+        def full(read, names):
+            return {name: read(name).astype(jnp.float32) for name in names}
+
+        origins = sequence.origins
+        origin = None if origins is None else full(lambda name: origins[name][...], names)
+        return cls(full(state, names + momenta), full(held, names), origin)
+
+    def memories(self, plan) -> Memories:
+        """Reads them."""
+        origin = None if self.origin is None else self.origin.__getitem__
+
+        def held(name):
+            return self.held[name] + origin(name) if plan.anchor else self.held[name]
+
+        return Memories(self.state.__getitem__, held, origin)
 
 
 class Gradients(NamedTuple):
