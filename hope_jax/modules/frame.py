@@ -43,6 +43,11 @@ def head_width(width: int, heads: int, wanted: int | None) -> int:
     return wanted or width // heads
 
 
+def shortness(each: int) -> float:
+    """What short inputs of a head are divided by: the square root of its features."""
+    return sqrt(each)
+
+
 class Gate(NamedTuple):
     """The output gate before its SiLU, and the projections of which it is the last."""
 
@@ -55,8 +60,7 @@ class Frame(nnx.Module):
 
     All projections are one matrix product; they pass a causal convolution and a SiLU. What the
     heads read is normalised, multiplied by the SiLU of a gate and projected to the model's width,
-    as in Gated DeltaNet (Yang et al., 2025). Inputs named `short` are divided by the square root of
-    a head's features.
+    as in Gated DeltaNet (Yang et al., 2025). Inputs named `short` are divided by `shortness`.
     """
 
     def __init__(
@@ -77,7 +81,7 @@ class Frame(nnx.Module):
         into, gate, mix, out = jax.random.split(key, 4)
         inner = heads * each
         self.project = Projections(len(inputs) + 1, width, inner, key=into)
-        scales = [1 / sqrt(each) if name in short else 1.0 for name in inputs]
+        scales = [1 / shortness(each) if name in short else 1.0 for name in inputs]
         self.convolution = Convolution(scales, inner, convolution, key=mix)
         if gates:
             self.gates = Gates(jnp.stack([jnp.asarray(b) for b in gates.values()]), width, key=gate)

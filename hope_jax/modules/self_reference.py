@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from hope_jax.modules.frame import Frame, head_width, retention_bias
+from hope_jax.modules.frame import Frame, head_width, retention_bias, shortness
 from hope_jax.modules.layers import normal, parameter
 from hope_jax.modules.split import on_mesh
 from hope_jax.ops.selfref import (
@@ -205,7 +205,7 @@ class SelfModifyingTitans(nnx.Module):
         return self.biases[name][...] if name in self.biases else jnp.zeros(self.config.heads)
 
     def _initial(self) -> dict[str, tuple[Array, ...]]:
-        reach = dict.fromkeys(("eta", "alpha"), sqrt(self.frame.each))  # by which inputs are short
+        reach = dict.fromkeys(("eta", "alpha"), shortness(self.frame.each))
         return {
             name: (reach.get(name, 1.0) * outer[...], *(m[...] for m in inner))
             for name, (outer, *inner) in self.initial.items()
