@@ -94,7 +94,9 @@ def _mixed_forward(x, kernel, age, scales):
 
 
 def _mixed_backward(scales, residuals, slopes):
-    dx, dkernel = kernels.backward(*residuals, scales, slopes, interpret=platform() != "gpu")
+    x, kernel, age = residuals
+    interpret = platform() != "gpu"
+    dx, dkernel = kernels.backward(x, kernel, age, scales, slopes, interpret=interpret)
     return dx, dkernel, None
 
 

@@ -192,7 +192,7 @@ class Sweep(NamedTuple):
       remains: What the last momentum has of the first.
     """
 
-    found: Array
+    found: Array | None
     lasting: Array
     carried: Array
     mass: Array
@@ -205,7 +205,18 @@ class Sweep(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What is left of what; see `Lesson`."""
+    """How much is left of what.
+
+    Attributes:
+      arrival: The logarithm of what is left of the document's first state when a token arrives.
+      departure: The same when it leaves.
+      before: What is left of the chunk's first state when a token arrives.
+      inherit: What the token then sees of the origin; None if nothing, or all with an anchor.
+      after: What is left of a token's write at the chunk's end.
+      through: What is left of the chunk's first state at its end.
+      restore: What the last state has of the origin, beside distances; None if nothing.
+      decay: Weights of the writes of earlier tokens (columns) when a token (row) arrives.
+    """
 
     arrival: Array
     departure: Array
@@ -232,14 +243,7 @@ class Lesson(NamedTuple):
       retain: The retention gate, None where it is not needed any more; `forget` is one minus it,
         where a memory makes it.
       forget: See `retain`.
-      arrival: The logarithm of what is left of the document's first state when a token arrives.
-      departure: The same when it leaves.
-      before: What is left of the chunk's first state when a token arrives.
-      inherit: What the token then sees of the origin; None if nothing, or all with an anchor.
-      after: What is left of a token's write at the chunk's end.
-      through: What is left of the chunk's first state at its end.
-      restore: What the last state has of the origin, beside distances; None if nothing.
-      decay: Weights of the writes of earlier tokens (columns) when a token (row) arrives.
+      weights: What is left of states and writes.
       inverse: (I + erase decay K K^T)^-1; None if nothing is erased.
       sweep: The momentum's weights, None without.
     """
@@ -253,14 +257,7 @@ class Lesson(NamedTuple):
     erase: Array | None
     retain: Array | None
     forget: Array | None
-    arrival: Array
-    departure: Array
-    before: Array
-    inherit: Array | None
-    after: Array
-    through: Array
-    restore: Array | None
-    decay: Array
+    weights: Weights
     inverse: Array | None
     sweep: Sweep | None
 
@@ -288,7 +285,7 @@ def attend(
     query, query_scale = _project(plan, "q", tokens, place, memories)
     value = tokens["v"] if "v" in tokens else consult(plan, place, memories, "v", tokens["x"])
     logits = None
-    if plan.gates:
+    if bias is not None:
         answers = consult(plan, place, memories, "gates", tokens["x"]) + bias
         logits = [column_of(answers, row) for row in range(2)]
     write, retain, forget, log_retain = open_gates(plan, tokens, place, logits)
@@ -305,7 +302,7 @@ def attend(
         write, erase = (1 - tokens["beta"]) * write, write
     return Lesson(
         key, key_scale, _round(plan, value), _round(plan, query), query_scale,
-        write, erase, retain, forget, *weights, inverse, sweep,
+        write, erase, retain, forget, weights, inverse, sweep,
     )  # fmt: skip
 
 
@@ -370,7 +367,8 @@ def absorb(plan: Plan, lesson: Lesson, memories: Memories, name: str, written: A
     """What each token adds to a matrix in front of its key, given what it writes."""
     delta = written if lesson.sweep is None else lesson.sweep.mass * written
     if plan.erases != "nothing":
-        found = _inherited(plan, lesson.before, lesson.inherit, memories, name, lesson.key)
+        before, inherit = lesson.weights.before, lesson.weights.inherit
+        found = _inherited(plan, before, inherit, memories, name, lesson.key)
         if lesson.sweep is not None:
             found += _swept(plan, lesson.sweep.swept, memories, name, lesson.key)
             found += dot(plan, lesson.sweep.found, written)
@@ -380,12 +378,13 @@ def absorb(plan: Plan, lesson: Lesson, memories: Memories, name: str, written: A
 
 def advance(plan, lesson, memories, name, state, written, delta):
     """The state of one memory after the chunk; with momentum all but what that had at its start."""
-    state, added = lesson.through * state, lesson.after * delta
+    weights = lesson.weights
+    state, added = weights.through * state, weights.after * delta
     if lesson.sweep is not None:
         added += lesson.sweep.ending * written
     state += dot(plan, added, lesson.key, 0, 0)
-    if lesson.restore is not None:
-        state += lesson.restore * memories.origin(name)
+    if weights.restore is not None:
+        state += weights.restore * memories.origin(name)
     return state
 
 
@@ -472,11 +471,12 @@ def prepare(plan: Plan, lesson: Lesson, note: Callable[[str, Array], None]) -> N
     names += ["forget"] if "alpha" in plan.gates else []
     names += ["retain", "erase"] if plan.erases == "retained" else []
     names += ["inverse"] if plan.erases != "nothing" else []
-    names += ["inherit", "restore"] if lesson.restore is not None else []
+    names += ["inherit", "restore"] if lesson.weights.restore is not None else []
     names += ["erase"] if plan.momentum else []
+    told = lesson._asdict() | lesson.weights._asdict()
     for name in names:
-        note(name, getattr(lesson, name))
-    pull = _settled(plan, lesson, lesson.after * lesson.key)
+        note(name, told[name])
+    pull = _settled(plan, lesson, lesson.weights.after * lesson.key)
     note("pull", pull)
     if lesson.sweep is not None:
         for name in Sweep._fields[1:]:
@@ -497,18 +497,20 @@ def recollect(
     """
     said, noted = _said(tokens, notes), notes.get
     arrival, departure = notes["arrival"], notes["departure"]
+    weights = Weights(
+        arrival, departure, notes["before"], noted("inherit"), notes["after"], notes["through"],
+        noted("restore"), _decay(plan, place, arrival, departure),
+    )  # fmt: skip
     lesson = Lesson(
         said["k"], noted("key_scale"), said["v"], said["q"], noted("query_scale"),
         notes["write"], _erase(plan, notes) if plan.erases != "nothing" else None,
-        noted("retain"), noted("forget"), arrival, departure, notes["before"], noted("inherit"),
-        notes["after"], notes["through"], noted("restore"),
-        _decay(plan, place, arrival, departure), noted("inverse"), None,
+        noted("retain"), noted("forget"), weights, noted("inverse"), None,
     )  # fmt: skip
     if not plan.momentum:
         return lesson
-    weights = [notes[name].astype(jnp.float32) for name in Sweep._fields[1:]]
+    parts = [notes[name].astype(jnp.float32) for name in Sweep._fields[1:]]
     found = found_of(plan, lesson.key, notes["spread"])
-    return lesson._replace(sweep=Sweep(found, *weights))
+    return lesson._replace(sweep=Sweep(found, *parts))
 
 
 def recall(
@@ -609,11 +611,11 @@ def _unread_momentum(plan, lesson, place, dspread, dswept):
     """The gradients of the logarithms of retention and of what momentum keeps, from the read."""
     sweep, dlasting, dcarried, dlog = lesson.sweep, 0, 0, 0
     if plan.read == "current":
-        own, dlasting, dcarried = jnp.exp(lesson.departure - lesson.arrival), dspread, dswept
+        own, dlasting, dcarried = _own(lesson.weights), dspread, dswept
         dspread, dswept = own * dspread, own * dswept
         dlog = jnp.sum(dspread * sweep.spread, 1, keepdims=True) + dswept * sweep.swept
     decayed, carried, lasting = _unsweep(
-        plan, lesson.decay, sweep.lasting, sweep.carried, sweep.mass,
+        plan, lesson.weights.decay, sweep.lasting, sweep.carried, sweep.mass,
         dspread, dswept, dlasting, dcarried,
     )  # fmt: skip
     dlog += _undecay(plan, place, None, None, None, decayed)
@@ -1364,16 +1366,22 @@ def _reach_of_momentum(plan, lesson):
     if plan.read == "token":
         return sweep.swept, sweep.spread
     row, column = _grid(plan.chunk)
-    own = jnp.exp(lesson.departure - lesson.arrival)
+    own = _own(lesson.weights)
     late = sweep.lasting - jnp.where(row == column, sweep.mass, 0)
     return own * sweep.swept + sweep.carried, own * sweep.spread + late
 
 
 def _reach(plan, lesson):
     """What a read sees: of the chunk's first state, of the origin, and of earlier writes."""
+    weights = lesson.weights
     if plan.read == "token":
-        return lesson.before, lesson.inherit, lesson.decay
+        return weights.before, weights.inherit, weights.decay
     row, column = _grid(plan.chunk)
-    own = jnp.exp(lesson.departure - lesson.arrival)
-    inherit = None if lesson.inherit is None else own * lesson.inherit
-    return own * lesson.before, inherit, jnp.where(row == column, 1, own * lesson.decay)
+    own = _own(weights)
+    inherit = None if weights.inherit is None else own * weights.inherit
+    return own * weights.before, inherit, jnp.where(row == column, 1, own * weights.decay)
+
+
+def _own(weights):
+    """What a token itself retains."""
+    return jnp.exp(weights.departure - weights.arrival)

@@ -187,11 +187,11 @@ def charge(
     grid = inputs // high, count, batch
     wide = tokens.write.dtype
 
-    def token(array, *, tiled=False):
+    def token(array, *, tiled=False) -> Any:
         shape = None, chunk, high if tiled else array.shape[-1]
         return pl.BlockSpec(shape, lambda i, n, b: (b, n, i if tiled else 0))
 
-    def row(array):
+    def row(array) -> Any:
         return pl.BlockSpec((None, array.shape[1]), lambda _i, _n, b: (b, 0))
 
     slow = pl.BlockSpec((high, outputs), lambda i, _n, _b: (i, 0))
@@ -319,8 +319,9 @@ def _dot(a: Any, b: Any, wide: Any) -> Any:
 
 
 def _tokens(tokens, width):
+    hidden: Any = pl.BlockSpec((None, *tokens.hidden.shape[1:]), lambda _o, b: (b, 0, 0))
     return Tokens(
-        pl.BlockSpec((None, *tokens.hidden.shape[1:]), lambda _o, b: (b, 0, 0)),
+        hidden,
         _columns(tokens.values, width),
         _row(tokens.read),
         _row(tokens.write),
@@ -328,12 +329,12 @@ def _tokens(tokens, width):
     )
 
 
-def _columns(array, width):
+def _columns(array, width) -> Any:
     """A block of columns of one row: `[B, T, O]` is seen as `[T, width]`."""
     return pl.BlockSpec((None, array.shape[1], width), lambda o, b: (b, 0, o))
 
 
-def _row(array):
+def _row(array) -> Any:
     return pl.BlockSpec((None, array.shape[1]), lambda _o, b: (b, 0))
 
 

@@ -120,11 +120,11 @@ def backward(
     """
     batch, time, count, features = x.shape
     window, parts, _ = kernel.shape
-    scales = (*scales, *[None] * (count - parts))
+    of_all = (*scales, *[None] * (count - parts))
     grid, options = _launch(time, features, batch, count * features)
     pieces = time // _piece(time)
     dx, dkernel = pl.pallas_call(
-        partial(_backward_kernel, scales, Arithmetic(interpret)),
+        partial(_backward_kernel, of_all, Arithmetic(interpret)),
         out_shape=(
             jax.ShapeDtypeStruct(x.shape, x.dtype),
             jax.ShapeDtypeStruct((batch, pieces, window, parts, features), jnp.float32),

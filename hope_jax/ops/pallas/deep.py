@@ -90,7 +90,7 @@ def tell(
         sweep = chunks.sweep_of(plan, place, beta, None, weights.decay, weights.after)
         damping = 1 - beta
     said = key, None, value, query, None, write, None, None, None
-    return Told(Lesson(*said, *weights, None, sweep), damping)
+    return Told(Lesson(*said, weights, None, sweep), damping)
 
 
 def study(
@@ -136,7 +136,7 @@ def study(
             rows = jax.nn.silu(rows) if layer == hidden else rows + lesson.query
         state = memories.state(layer)
         after = chunks.advance(plan, lessons, memories, layer, state, written, delta)
-        if plan.momentum:
+        if lessons.sweep is not None:
             momentum = memories.state(momentum_of(layer))
             after += lessons.sweep.gained * momentum
             momentum = chunks.advance_momentum(plan, lessons, momentum, written)
@@ -159,20 +159,23 @@ def weigh(plan: Plan, lesson: Lesson, key: Array, rows: int) -> Lesson:
     step = lesson.write / (1 + plan.repeats * lesson.write * length)
     inverse = erase = None
     if plan.erases != "nothing":
-        erase, inverse = step, chunks.solve(plan, key, step, lesson.decay)
+        erase, inverse = step, chunks.solve(plan, key, step, lesson.weights.decay)
 
-    def tall(number):
-        return None if number is None else jnp.broadcast_to(number, (rows, 1))
+    def tall(number: Array) -> Array:
+        return jnp.broadcast_to(number, (rows, 1))
 
     sweep = lesson.sweep
     if sweep is not None:
         found = None if erase is None else chunks.found_of(plan, key, sweep.spread)
         gained, remains = tall(sweep.gained), tall(sweep.remains)
         sweep = sweep._replace(found=found, gained=gained, remains=remains)
+    weights, restore = lesson.weights, lesson.weights.restore
+    weights = weights._replace(
+        through=tall(weights.through), restore=None if restore is None else tall(restore)
+    )
     return lesson._replace(
-        key=key, write=step, erase=erase, inverse=inverse, sweep=sweep,
-        through=tall(lesson.through), restore=tall(lesson.restore),
-    )  # fmt: skip
+        key=key, write=step, erase=erase, weights=weights, inverse=inverse, sweep=sweep
+    )
 
 
 def _recall(plan, place, memories, name, rows):

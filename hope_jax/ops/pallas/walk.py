@@ -448,12 +448,11 @@ class Matrices(NamedTuple):
 
     def memories(self, plan) -> Memories:
         """Reads them."""
-        origin = None if self.origin is None else self.origin.__getitem__
-
-        def held(name):
-            return self.held[name] + origin(name) if plan.anchor else self.held[name]
-
-        return Memories(self.state.__getitem__, held, origin)
+        held, origin = self.held, self.origin
+        if plan.anchor and origin is not None:
+            held = {name: matrix + origin[name] for name, matrix in held.items()}
+        origin = None if origin is None else origin.__getitem__
+        return Memories(self.state.__getitem__, held.__getitem__, origin)
 
 
 class Gradients(NamedTuple):
