@@ -64,9 +64,10 @@ CASES = {
         "gate": 100.0,
         "write_max": 2.0,
     },
-    "everything adapts, correlated tokens, whole chunks, own writes are read": {
+    "everything adapts, correlated tokens, goes on at a chunk's start, own writes are read": {
         "batch": 1,
         "heads": 1,
+        "position": 16,
         "time": 32,
         "frozen": (),
         "correlated": 5.0,

@@ -172,7 +172,7 @@ SELF_REFERENTIAL = {
 }
 
 FAST_KV = {
-    "delta": {"rule": "delta", "starts": starts_of(37), "memory": True, "values": 64},
+    "delta": {"rule": "delta", "starts": starts_of(37), "memory": True},
     "gated delta": {"rule": "gated_delta", "memory": True, "keys": 32},
     "hebbian": {"rule": "hebbian", "starts": starts_of(37), "values": 32},
     "gates of 0 and 1": {

@@ -82,6 +82,13 @@ def test_a_split_head_of_frozen_projections_is_the_reference():
     assert_same(*call, 1e-4)
 
 
+@pytest.mark.parametrize("rule", ["delta", "gated_delta", "hebbian"])
+def test_parts_of_a_head_are_the_reference(rule):
+    call = fast_kv_call(rule=rule, starts=starts_of(37), memory=True, values=64)
+    assert gpu.split_of(PLAN, 2, 2, 64) == 4
+    assert_same(*call, 1e-4)
+
+
 def test_parts_of_a_head_are_what_one_program_computes(monkeypatch):
     op, (*tokens, retain, write, state) = fast_kv_call(
         rule="gated_delta", starts=starts_of(37), memory=True, values=32

@@ -70,7 +70,7 @@ def titans(
         anywhere inside a chunk.
       starts: True where a document starts: the memory is the initial one before that token.
       chunk: Tokens for which the surprise is measured at one state; a part of what is computed.
-      form: "auto", "chunked", or "reference".
+      form: "auto" or one of `hope_jax.ops.selfref.FORMS`.
 
     Returns:
       What each token read, in the type of `v`, and the memory after the last token. Inside, all is

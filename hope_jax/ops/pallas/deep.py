@@ -89,8 +89,8 @@ def tell(
         beta = tokens["beta"]
         sweep = chunks.sweep_of(plan, place, beta, None, weights.decay, weights.after)
         damping = 1 - beta
-    said = key, None, value, query, None, write, None, None, None
-    return Told(Lesson(*said, weights, None, sweep), damping)
+    lesson = Lesson(key, None, value, query, None, write, None, None, None, weights, None, sweep)
+    return Told(lesson, damping)
 
 
 def study(

@@ -241,18 +241,7 @@ def _unlearn_kernel(
     """The kernel that hands gradients back from chunk to chunk."""
     done, count = pl.program_id(2), pl.num_programs(2)
     n, gradients = count - 1 - done, Gradients(dstates, dheld, dorigins)
-
-    @pl.when(done == 0)
-    def _():
-        for name in plan.names:
-            dstates[name][...] = dends[name][...]
-            if plan.holds:
-                dheld[name][...] = dends_held[name][...]
-        for name in plan.momenta:
-            dstates[name][...] = dends[name][...]
-        for ref in jax.tree.leaves((dorigins, dbias)):
-            ref[...] = jnp.zeros(ref.shape, jnp.float32)
-
+    pl.when(done == 0)(partial(_begin_backward, plan, gradients, dends, dends_held, dbias))
     shares, page = [], _look(plan, sequence, starts, openings, n, notes)
     for name in plan.names:
         after, held = walk.owed(plan, sequence, gradients, name, n, dstates[name][...], None)
@@ -276,10 +265,19 @@ def _undo_deep_kernel(
 ):
     """The kernel that hands gradients back through memories that are MLPs."""
     done, gradients = pl.program_id(2), Gradients(dstates, dheld, dorigins)
-    begin = partial(walk.begin_undo_deep, plan, VIEW, gradients, dends, dends_held, dbias)
-    pl.when(done == 0)(begin)
+    pl.when(done == 0)(partial(_begin_backward, plan, gradients, dends, dends_held, dbias))
     n = pl.num_programs(2) - 1 - done
     walk.undo_deep(plan, VIEW, sequence, n, starts, dy, gradients, dtokens, dbias)
+
+
+def _begin_backward(plan, gradients, dends, dends_held, dbias):
+    """Lays the gradients of what is left behind where kernels go on from."""
+    for name in plan.names + plan.momenta:
+        gradients.states[name][...] = dends[name][...]
+    for name in plan.names if plan.holds else ():
+        gradients.held[name][...] = dends_held[name][...]
+    for ref in jax.tree.leaves((gradients.origins, dbias)):
+        ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
 
 def _learning(plan, states):

@@ -369,17 +369,6 @@ def undo_deep(plan, view, sequence, n, starts, dy, gradients, dtokens, dbias):
         _put(view, dbias, dbias[...] + bias)
 
 
-def begin_undo_deep(plan, view, gradients, dends, dends_held, dbias):
-    """Lays the gradients of what is left behind where `undo_deep` finds them."""
-    for name in plan.names + plan.momenta:
-        gradients.states[name][...] = dends[name][...]
-    for name in plan.names if plan.holds else ():
-        gradients.held[name][...] = dends_held[name][...]
-    for ref in jax.tree.leaves((gradients.origins, dbias)):
-        ref[...] = jnp.zeros(ref.shape, jnp.float32)
-    view.fence()
-
-
 def _settle_deep(plan, view, gradients, layer, state, held, change):
     origin = None if change.origin is None else change.origin[layer]
     settle(plan, view, gradients, layer, state, held, [Change(change.held[layer], origin)])
